@@ -1,0 +1,24 @@
+"""A benchmark harness that compares inference methods for latent-variable models.
+
+Public names are resolved on first use, so that ``harness --help`` does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from harness.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from harness.compare import compare, fit, load
+
+__all__ = ["compare", "fit", "hookimpl", "load"]
+
+_HOMES = {"compare": "harness.compare", "fit": "harness.compare", "load": "harness.compare"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

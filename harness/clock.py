@@ -1,0 +1,78 @@
+"""Timing of phases with the device synchronised at each edge, and peak memory per phase."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_STATUS = Path("/proc/self/status")
+
+
+class Clock:
+    """Seconds and peak bytes of named phases (load, compile, warm-up, fit, measure ...).
+
+    Peak memory is the device's allocator peak on CUDA. On a CPU it is the process's peak resident set within the phase
+    where the kernel lets it be reset (Linux), else the peak since the process started.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.peak_bytes: dict[str, int] = {}
+        self._started = 0.0
+        self._paused = 0.0
+
+    def now(self) -> float:
+        """Monotonic seconds after all work queued on the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        _reset_peak(self.device)
+        self._started, self._paused = self.now(), 0.0
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.elapsed()
+            self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), _peak(self.device))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside is not counted in the current phase (validation during training)."""
+        started = self.now()
+        try:
+            yield
+        finally:
+            self._paused += self.now() - started
+
+    def elapsed(self) -> float:
+        """Seconds of the current phase, pauses apart."""
+        return self.now() - self._started - self._paused
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError):
+        _CLEAR_REFS.write_text("5")
+
+
+def _peak(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

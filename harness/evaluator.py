@@ -1,0 +1,116 @@
+"""Evaluators and measurements: every number with its kind, what it bounds, its errors and its settings."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.method import Fit
+from harness.options import Configurable
+from harness.problem import DeviceData, Problem
+from harness.seeding import derive
+
+Kind = Literal[
+    "exact",
+    "unbiased",
+    "lower bound",
+    "stochastic lower bound",
+    "stochastic upper bound",
+    "consistent",
+    "density ratio",
+]
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """One metric of one fit, as a mean over observations.
+
+    Args:
+        metric: `log_likelihood`, `elbo`, `adversarial_elbo`, `reconstruction`, `kl_to_prior` ...
+        values: Per observation, shape (N,), float64.
+        stderrs: The estimator's standard error per observation, shape (N,); zeros where the value is exact.
+        kind: What the number is, as a statement about its own metric.
+        indices: Indices of the observations in the test split, shape (N,).
+        bounds: Another quantity that the number bounds, e.g. `lower bound on log_likelihood`.
+        exhaustive: The observations are the whole population: no test-set error.
+        settings: The estimator's settings and diagnostics, JSON-compatible.
+    """
+
+    metric: str
+    values: np.ndarray
+    stderrs: np.ndarray
+    kind: Kind
+    indices: np.ndarray
+    bounds: str = ""
+    unit: str = "nats"
+    exhaustive: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def value(self) -> float:
+        return float(self.values.mean())
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of `value` from the estimator's own randomness, independent over observations."""
+        return float(np.sqrt(np.square(self.stderrs).sum()) / len(self.stderrs))
+
+    @property
+    def stderr_test(self) -> float:
+        """Standard error of `value` from the choice of test observations; nan for a single observation."""
+        if self.exhaustive:
+            return 0.0
+        n = len(self.values)
+        return float(self.values.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationRun:
+    """What an evaluator is handed besides the fit: the data, where, and its random streams.
+
+    The streams have no method in their name: all methods are scored with the same noise, which makes their
+    differences more precise.
+    """
+
+    data: DeviceData
+    problem: Problem
+    device: torch.device
+    dtype: torch.dtype
+    seed: int
+
+    def generator(self, evaluator: str, purpose: str) -> torch.Generator:
+        stream = torch.Generator(device=self.device)
+        stream.manual_seed(derive("evaluator", self.seed, self.problem.label, evaluator, purpose))
+        return stream
+
+    def measurement(
+        self, metric: str, values: Tensor, stderrs: Tensor, kind: Kind, indices: Tensor, **extra: Any
+    ) -> Measurement:
+        """A measurement from tensors, on whatever device."""
+        return Measurement(
+            metric,
+            values.detach().double().cpu().numpy(),
+            stderrs.detach().double().cpu().numpy(),
+            kind,
+            indices.cpu().numpy(),
+            exhaustive=self.data.spec.exhaustive and len(values) == self.data.test.shape[0],
+            **extra,
+        )
+
+
+class Evaluator(Configurable, ABC):
+    """Measures fits: a plugin is a frozen dataclass that derives from this; its fields are its settings."""
+
+    def undefined(self, fit: Fit, problem: Problem) -> str | None:
+        """Why this evaluator says nothing about this fit, or None. It then gives a ``skipped`` row."""
+        return None
+
+    @abstractmethod
+    def measure(self, fit: Fit, problem: Problem, run: EvaluationRun) -> list[Measurement]:
+        """Measure a fit on test data; called under ``torch.no_grad``."""

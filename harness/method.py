@@ -1,0 +1,176 @@
+"""Methods, what they are handed (`Run`), and what they give back (`Fit`)."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from harness.clock import Clock
+from harness.model import LatentModel
+from harness.options import Configurable, UserError
+from harness.posterior import Posterior
+from harness.problem import Split, TrainingView
+from harness.seeding import Streams
+
+BudgetUnit = Literal["steps", "seconds", "examples", "converged"]
+
+
+class Diverged(Exception):
+    """A fit whose objective or parameters are no longer finite."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a fit may go on.
+
+    ``steps``: parameter updates. ``seconds``: time on the fit clock. ``examples``: observations read.
+    ``converged``: until the validation objective has not improved at that many checks in a row.
+    """
+
+    unit: BudgetUnit
+    amount: float
+
+    @staticmethod
+    def parse(text: str) -> Budget:
+        """From ``steps=5000``, ``seconds=60``, ``examples=1e6`` or ``converged=10``.
+
+        Raises:
+            UserError: If the unit is unknown or the amount is not a positive number (whole, unless it is seconds).
+        """
+        form = "expected steps=N, seconds=S, examples=N or converged=CHECKS"
+        unit, equals, amount = text.strip().partition("=")
+        if unit not in get_args(BudgetUnit) or not equals:
+            raise UserError(f"budget {text!r}: {form}")
+        try:
+            value = float(amount)
+        except ValueError:
+            raise UserError(f"budget {text!r}: {amount!r} is not a number; {form}") from None
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"budget {text!r}: must be positive and finite; {form}")
+        if unit != "seconds" and value != int(value):
+            raise UserError(f"budget {text!r}: must be a whole number; {form}")
+        return Budget(unit, value)  # type: ignore[arg-type]
+
+    def __str__(self) -> str:
+        return f"{self.unit}={self.amount:g}" if self.amount < 1e6 else f"{self.unit}={int(self.amount)}"
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """One point of a training curve.
+
+    Args:
+        seconds: On the fit clock.
+        objective: Mean training objective of the first player since the last point, nats per observation.
+        validation: The same objective on the validation split; None between checks.
+    """
+
+    step: int
+    seconds: float
+    objective: float
+    validation: float | None = None
+
+
+@dataclass
+class Run:
+    """What a fit is handed besides the problem: where, how precisely, how long, and from which random streams."""
+
+    device: torch.device
+    dtype: torch.dtype
+    budget: Budget
+    streams: Streams
+    clock: Clock
+    on_progress: Callable[[float, CurvePoint], None] = lambda fraction, point: None
+    curve: list[CurvePoint] = field(default_factory=list)
+
+    def generator(self, name: str) -> torch.Generator:
+        """A stream of the method's own."""
+        return self.streams.own(name)
+
+    def batches(self, split: Split, batch_size: int) -> Iterator[Tensor]:
+        """Minibatches without end, shape (batch_size, *E); the same for all methods of a comparison.
+
+        One permutation of the data after another, cut into batches: every observation is read equally often.
+        """
+        order, binarisation = self.streams.shared("minibatches"), self.streams.shared("binarisation")
+        n = len(split)
+        epochs = max(1, math.ceil(64 * batch_size / n))
+        waiting = torch.empty(0, dtype=torch.long, device=self.device)
+        while True:
+            keys = torch.rand(epochs, n, generator=order, device=self.device, dtype=torch.float64)
+            waiting = torch.cat([waiting, keys.argsort(dim=1).flatten()])
+            while waiting.shape[0] >= batch_size:
+                yield split.read(waiting[:batch_size], binarisation)
+                waiting = waiting[batch_size:]
+
+    def fraction(self, step: int, batch_size: int) -> float:
+        """The part of the budget that is spent after ``step`` steps, in [0, 1]; 0 while convergence decides."""
+        spent = {
+            "steps": step,
+            "examples": step * batch_size,
+            "seconds": self.clock.elapsed() if self.budget.unit == "seconds" else 0.0,
+            "converged": 0.0,
+        }[self.budget.unit]
+        return min(1.0, spent / self.budget.amount)
+
+    def log(self, point: CurvePoint, fraction: float) -> None:
+        """Keep a point of the training curve and show progress.
+
+        Raises:
+            Diverged: If the objective is not finite.
+        """
+        self.curve.append(point)
+        if not math.isfinite(point.objective):
+            raise Diverged(f"objective is {point.objective} at or before step {point.step}")
+        self.on_progress(fraction, point)
+
+    def converged(self) -> bool:
+        """Whether the validation objective has stopped improving, for budgets that ask for it."""
+        if self.budget.unit != "converged":
+            return False
+        checks = [point.validation for point in self.curve if point.validation is not None]
+        best = min(range(len(checks)), key=checks.__getitem__, default=0)
+        return len(checks) - 1 - best >= self.budget.amount
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted model and posterior.
+
+    Args:
+        state: Tensors from which `Method.restore` rebuilds model and posterior.
+        parameters: Trainable parameters that the method brought besides the model's.
+    """
+
+    model: LatentModel
+    posterior: Posterior
+    state: Mapping[str, Tensor]
+    parameters: int = 0
+    steps: int = 0
+    gradient_evaluations: int = 0
+
+
+class Method(Configurable, ABC):
+    """An inference method: a plugin is a frozen dataclass that derives from this; its fields are its options."""
+
+    def unfit(self, view: TrainingView) -> str | None:
+        """Why this method cannot be used on a problem, or None. The job is then ``skipped`` with that reason."""
+        return None
+
+    @abstractmethod
+    def fit(self, view: TrainingView, run: Run) -> Fit:
+        """Fit ``view.model`` and a posterior within ``run.budget``.
+
+        Raises:
+            Diverged: If numbers are no longer finite.
+        """
+
+    @abstractmethod
+    def restore(self, view: TrainingView, state: Mapping[str, Tensor]) -> Fit:
+        """Rebuild a stored fit; nothing is trained."""

@@ -1,0 +1,134 @@
+"""Networks that model specs and plugins share.
+
+A *trunk* ends in features and is chosen by the problem; a *head* maps features to what a method needs and is the
+method's own. Weights are Glorot-uniform and biases zero, as in the released code of the AVB paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Activation = Literal["softplus", "elu", "relu", "leaky-relu", "tanh"]
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softplus": F.softplus,
+    "elu": F.elu,
+    "relu": F.relu,
+    "leaky-relu": lambda h: F.leaky_relu(h, 0.2),
+    "tanh": torch.tanh,
+}
+
+
+def linear(inputs: int, outputs: int, *, bias: bool = True, zero: bool = False) -> nn.Linear:
+    """A linear layer with Glorot-uniform (or zero) weights and zero bias."""
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    nn.init.zeros_(layer.weight) if zero else nn.init.xavier_uniform_(layer.weight)
+    if bias:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class MLP(nn.Module):
+    """``depth`` hidden layers of ``width``, then a linear layer: (..., inputs) -> (..., outputs)."""
+
+    def __init__(self, inputs: int, outputs: int, width: int, depth: int, activation: Activation) -> None:
+        super().__init__()
+        sizes = [inputs, *[width] * depth, outputs]
+        self.layers = nn.ModuleList(linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.activation = _ACTIVATIONS[activation]
+
+    def forward(self, h: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            h = self.activation(layer(h))
+        return self.layers[-1](h)
+
+
+class EncoderTrunk(nn.Module):
+    """Features of x, into which noise may be injected: a linear map of it is added before every activation.
+
+    With ``depth`` 0 the features are x itself.
+
+    Args:
+        centre: Map x from [0, 1] to [-1, 1] first (images).
+        noise_dim: Size of the noise; 0 for a deterministic trunk.
+    """
+
+    def __init__(
+        self, inputs: int, width: int, depth: int, activation: Activation, *, centre: bool, noise_dim: int
+    ) -> None:
+        super().__init__()
+        sizes = [inputs, *[width] * depth]
+        self.features = sizes[-1]
+        self.noise_dim = noise_dim
+        self.centre = centre
+        self.activation = _ACTIVATIONS[activation]
+        self.layers = nn.ModuleList(linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.injections = nn.ModuleList(linear(noise_dim, b, bias=False) for b in sizes[1:] if noise_dim)
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """x (N, *E) and noise (..., N, noise_dim) -> (..., N, features)."""
+        if (noise is None) != (self.noise_dim == 0):
+            raise ValueError(f"trunk built with noise_dim={self.noise_dim}, called with noise={noise is not None}")
+        h = x.flatten(1)
+        h = 2 * h - 1 if self.centre else h
+        for i, layer in enumerate(self.layers):
+            h = layer(h) if noise is None else layer(h) + self.injections[i](noise)
+            h = self.activation(h)
+        return h
+
+
+class ResidualPairTrunk(nn.Module):
+    """Features of a pair (x, z): a layer on both, then residual blocks whose second layer starts at zero.
+
+    The discriminator of the AVB paper's toy and Eight Schools code, without its output layer.
+    """
+
+    def __init__(self, inputs: int, latent_dim: int, width: int, blocks: int, activation: Activation, *, centre: bool):
+        super().__init__()
+        self.features = width
+        self.centre = centre
+        self.activation = _ACTIVATIONS[activation]
+        self.from_x, self.from_z = linear(inputs, width), linear(latent_dim, width, bias=False)
+        self.first = nn.ModuleList(linear(width, width) for _ in range(blocks))
+        self.second = nn.ModuleList(linear(width, width, zero=True) for _ in range(blocks))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """x (N, *E) and z (..., N, D) -> (..., N, features)."""
+        h = x.flatten(1)
+        h = self.from_x(2 * h - 1 if self.centre else h) + self.from_z(z)
+        for first, second in zip(self.first, self.second, strict=True):
+            h = h + second(self.activation(first(self.activation(h))))
+        return self.activation(h)
+
+
+class InnerProductPairTrunk(nn.Module):
+    r"""Features of a pair whose linear combinations contain <f(x), g(z)> + h(x) + k(z).
+
+    The discriminator of the AVB paper's MNIST code: two networks that meet in a product. The part that depends on x is
+    computed once, however many z come with it.
+    """
+
+    def __init__(
+        self, inputs: int, latent_dim: int, width: int, depth: int, rank: int, activation: Activation, *, centre: bool
+    ):
+        super().__init__()
+        self.features = 3 * rank
+        self.centre = centre
+        self.from_x = MLP(inputs, 2 * rank, width, depth, activation)
+        self.from_z = MLP(latent_dim, 2 * rank, width, depth, activation)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        """x (N, *E) and z (..., N, D) -> (..., N, features)."""
+        h = x.flatten(1)
+        f, h_x = self.from_x(2 * h - 1 if self.centre else h).chunk(2, dim=-1)
+        g, k_z = self.from_z(z).chunk(2, dim=-1)
+        return torch.cat([f * g, h_x.expand_as(k_z), k_z], dim=-1)
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

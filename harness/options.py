@@ -1,0 +1,151 @@
+"""Options of methods, problems and evaluators: typed dataclass fields, validated, and their textual form.
+
+The textual form is that of the command line: ``avb[noise_dim=32,lr=1e-4|2e-4],vae``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import json
+import math
+import typing
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+
+class UserError(Exception):
+    """A mistake of the user's: one clear line with what was expected, what came, and the remedy."""
+
+
+@lru_cache(maxsize=None)
+def _adapters(cls: type) -> dict[str, TypeAdapter[Any]]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: TypeAdapter(hints[field.name]) for field in dataclasses.fields(cls)}
+
+
+def _reason(error: ValidationError) -> str:
+    return "; ".join(item["msg"] for item in error.errors()).lower()
+
+
+class Configurable:
+    """Base of frozen dataclasses whose fields are options: every value is validated on construction.
+
+    Raises:
+        UserError: If a value has the wrong type, is out of range or is not finite.
+    """
+
+    name: str
+
+    def __post_init__(self) -> None:
+        for key, adapter in _adapters(type(self)).items():
+            value = getattr(self, key)
+            try:
+                object.__setattr__(self, key, adapter.validate_python(value))
+            except ValidationError as error:
+                raise UserError(f"{self.name}: option {key}={value!r}: {_reason(error)}") from None
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{self.name}: option {key}={value!r}: must be finite")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """All options with their values, JSON-compatible."""
+        return {
+            key: adapter.dump_python(getattr(self, key), mode="json")
+            for key, adapter in _adapters(type(self)).items()
+            if key != "name"
+        }
+
+    @property
+    def label(self) -> str:
+        """The name and, in brackets, the options that differ from the defaults of the class."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        changed = [
+            f"{key}={_text(value)}" for key, value in self.config.items() if getattr(self, key) != defaults[key]
+        ]
+        return f"{self.name}[{','.join(changed)}]" if changed else self.name
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+C = TypeVar("C", bound=Configurable)
+
+
+def configure(prototype: C, options: Mapping[str, str]) -> C:
+    """A copy of ``prototype`` with options given as text.
+
+    Raises:
+        UserError: If an option is unknown or its text is not a valid value.
+    """
+    adapters = {key: adapter for key, adapter in _adapters(type(prototype)).items() if key != "name"}
+    values: dict[str, Any] = {}
+    for key, text in options.items():
+        if key not in adapters:
+            raise UserError(
+                unknown(f"option of {prototype.name}", key, adapters)
+                if adapters
+                else f"{prototype.name} has no options; got {key!r}"
+            )
+        try:
+            values[key] = adapters[key].validate_strings(text)
+        except ValidationError as error:
+            raise UserError(f"{prototype.name}: option {key}={text}: {_reason(error)}") from None
+    return dataclasses.replace(prototype, **values)  # type: ignore[type-var]
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> str:
+    """The message for a name that is not known, with the nearest one that is."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+    return f"unknown {what} {name!r}; {hint}"
+
+
+def parse_selection(text: str) -> list[tuple[str, dict[str, str]]]:
+    """Parse ``name[key=value|other,...],name`` into (name, options) pairs; alternatives ``|`` are multiplied out.
+
+    Raises:
+        UserError: If a bracket is unbalanced, an entry is empty, or an option is repeated or has no value.
+    """
+    selected: list[tuple[str, dict[str, str]]] = []
+    for entry in _split_outside_brackets(text):
+        name, bracket, rest = entry.partition("[")
+        if bracket and not rest.endswith("]"):
+            raise UserError(f"unexpected text after ']' in {entry!r}")
+        if not name:
+            raise UserError(f"empty entry in {text!r}; expected name or name[option=value,...], separated by commas")
+        selected += [(name, options) for options in _alternatives(rest[:-1], entry)] if bracket else [(name, {})]
+    return selected
+
+
+def _split_outside_brackets(text: str) -> list[str]:
+    entries, depth = [""], 0
+    for character in text:
+        depth += {"[": 1, "]": -1}.get(character, 0)
+        if depth not in (0, 1):
+            raise UserError(f"unbalanced bracket in {text!r}")
+        if character == "," and depth == 0:
+            entries.append("")
+        else:
+            entries[-1] += character
+    if depth:
+        raise UserError(f"unbalanced bracket in {text!r}")
+    return [entry.strip() for entry in entries]
+
+
+def _alternatives(text: str, entry: str) -> list[dict[str, str]]:
+    choices: dict[str, list[str]] = {}
+    for item in text.split(","):
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not key or not equals or not all(part.strip() for part in value.split("|")):
+            raise UserError(f"expected option=value in {entry!r}, got {item.strip()!r}")
+        if key in choices:
+            raise UserError(f"option {key!r} is given twice in {entry!r}")
+        choices[key] = [part.strip() for part in value.split("|")]
+    return [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]

@@ -1,0 +1,304 @@
+"""What is shared by all methods of a comparison: data on the device, the generative model, and the networks' trunks."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from harness import model as model_module
+from harness import nn as nn_module
+from harness.model import BernoulliLikelihood, DecoderModel, GaussianLikelihood, LatentModel
+from harness.nn import MLP, Activation, EncoderTrunk, InnerProductPairTrunk, ResidualPairTrunk
+from harness.options import Configurable
+from harness.seeding import Streams, generator
+
+Binarisation = Literal["dynamic", "static", "none"]
+SplitName = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True, eq=False)
+class DatasetSpec:
+    """Arrays of a data set, before binarisation.
+
+    Args:
+        train, validation, test: Shape (N, *E). uint8 intensities when ``levels`` is given, else floats used as they are.
+        levels: The intensity that stands for probability 1; element v is Bernoulli(v / levels). None: no scaling.
+        binarisation: ``dynamic`` (a fresh Bernoulli draw at every training read; validation and test drawn once, from a
+            fixed seed), ``static`` (already binary) or ``none``.
+        exhaustive: The test split is the whole population, so its mean has no sampling error.
+        test_labels: Classes of the test observations, for colouring figures only; shape (N,).
+    """
+
+    name: str
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
+    levels: int | None = None
+    binarisation: Binarisation = "none"
+    exhaustive: bool = False
+    test_labels: np.ndarray | None = None
+
+    @property
+    def event_shape(self) -> tuple[int, ...]:
+        return self.train.shape[1:]
+
+    @cached_property
+    def content_hash(self) -> str:
+        """SHA-256 of everything that a method or an evaluator can see of the data."""
+        digest = hashlib.sha256(f"{self.levels}|{self.binarisation}|{self.exhaustive}".encode())
+        for array in (self.train, self.validation, self.test):
+            digest.update(f"|{array.dtype.str}{array.shape}|".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+
+class Dataset(Configurable, ABC):
+    """A named source of data: a plugin is a frozen dataclass that derives from this."""
+
+    @abstractmethod
+    def load(self) -> DatasetSpec:
+        """Read the data, verified.
+
+        Raises:
+            DataError: If it is not there, damaged or not what it should be.
+        """
+
+    @property
+    def location(self) -> str:
+        """Where the data come from, for `harness data list`."""
+        return "embedded"
+
+    def fetch(self) -> str:
+        """Download or prepare what `load` reads, verify it, and say where it is. Embedded data need nothing."""
+        self.load()
+        return self.location
+
+
+class DataError(Exception):
+    """Data that are missing, truncated, tampered with or of the wrong form; the message names the remedy."""
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One split, resident on the device.
+
+    Args:
+        values: Intensities (uint8) or values, shape (N, *E).
+    """
+
+    values: Tensor
+    levels: int | None
+    dtype: torch.dtype
+    binarise: bool
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    def read(self, indices: Tensor, stream: torch.Generator) -> Tensor:
+        """Observations ``indices``, binarised afresh from ``stream`` where the data are dynamic: (B,) -> (B, *E)."""
+        x = self.values[indices].to(self.dtype)
+        x = x if self.levels is None else x / self.levels
+        if self.binarise:
+            x = (torch.rand(x.shape, generator=stream, device=x.device, dtype=self.dtype) < x).to(self.dtype)
+        return x
+
+
+@dataclass(frozen=True, eq=False)
+class DeviceData:
+    """A data set on one device. Validation and test are drawn once, the same for every job and every seed."""
+
+    spec: DatasetSpec
+    train: Split
+    validation: Tensor
+    test: Tensor
+
+    @staticmethod
+    def place(spec: DatasetSpec, device: torch.device, dtype: torch.dtype) -> DeviceData:
+        def split(name: SplitName) -> Split:
+            values = torch.from_numpy(np.ascontiguousarray(getattr(spec, name))).to(device)
+            return Split(values, spec.levels, dtype, spec.binarisation == "dynamic")
+
+        def frozen(name: SplitName) -> Tensor:
+            # Drawn on the CPU so that every device scores the same images.
+            values = torch.from_numpy(np.ascontiguousarray(getattr(spec, name)))
+            whole = Split(values, spec.levels, torch.float64, spec.binarisation == "dynamic")
+            stream = generator(torch.device("cpu"), "binarisation", spec.name, name)
+            return whole.read(torch.arange(len(whole)), stream).to(device=device, dtype=dtype)
+
+        return DeviceData(spec, split("train"), frozen("validation"), frozen("test"))
+
+    def scored(self, n: int) -> tuple[Tensor, Tensor]:
+        """The fixed subset of ``n`` test observations that every method is scored on, and its indices.
+
+        Subsets of different size are nested, so a larger one refines a smaller one.
+        """
+        order = torch.randperm(self.test.shape[0], generator=generator(torch.device("cpu"), "scored", self.spec.name))
+        indices = order[:n].sort().values.to(self.test.device)
+        return self.test[indices], indices
+
+
+class ModelSpec(ABC):
+    """The decoder with its likelihood, and the trunks that every method on this problem uses."""
+
+    latent_dim: int
+
+    @abstractmethod
+    def new_model(self, event_shape: tuple[int, ...]) -> LatentModel:
+        """A model with fresh initial weights."""
+
+    @abstractmethod
+    def encoder_trunk(self, event_shape: tuple[int, ...], noise_dim: int) -> nn.Module:
+        """Features of x (and noise): see `harness.nn.EncoderTrunk`. Has an attribute ``features``."""
+
+    @abstractmethod
+    def pair_trunk(self, event_shape: tuple[int, ...]) -> nn.Module:
+        """Features of a pair (x, z): see `harness.nn.ResidualPairTrunk`. Has an attribute ``features``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPSpec(ModelSpec):
+    """Fully connected decoder and trunks.
+
+    Args:
+        pair: Form of the pair trunk: ``residual`` (``pair_depth`` blocks) or ``inner-product`` (two networks of
+            ``pair_depth`` layers that meet in a product of rank ``pair_rank``).
+    """
+
+    latent_dim: PositiveInt
+    width: PositiveInt = 300
+    depth: NonNegativeInt = 2
+    activation: Activation = "softplus"
+    likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"
+    pair: Literal["residual", "inner-product"] = "inner-product"
+    pair_width: PositiveInt = 512
+    pair_depth: PositiveInt = 2
+    pair_rank: PositiveInt = 128
+    pair_activation: Activation = "leaky-relu"
+
+    @property
+    def _centre(self) -> bool:
+        return self.likelihood == "bernoulli"
+
+    def new_model(self, event_shape: tuple[int, ...]) -> LatentModel:
+        decoder = MLP(self.latent_dim, int(np.prod(event_shape)), self.width, self.depth, self.activation)
+        likelihood = BernoulliLikelihood() if self.likelihood == "bernoulli" else GaussianLikelihood()
+        return DecoderModel(self.latent_dim, event_shape, decoder, likelihood)
+
+    def encoder_trunk(self, event_shape: tuple[int, ...], noise_dim: int) -> nn.Module:
+        inputs = int(np.prod(event_shape))
+        return EncoderTrunk(
+            inputs, self.width, self.depth, self.activation, centre=self._centre, noise_dim=noise_dim
+        )
+
+    def pair_trunk(self, event_shape: tuple[int, ...]) -> nn.Module:
+        sizes = (int(np.prod(event_shape)), self.latent_dim, self.pair_width, self.pair_depth)
+        if self.pair == "residual":
+            return ResidualPairTrunk(*sizes, self.pair_activation, centre=self._centre)
+        return InnerProductPairTrunk(*sizes, self.pair_rank, self.pair_activation, centre=self._centre)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingView:
+    """All that a method may see of a problem: no test split, no reference, no exact answer.
+
+    Args:
+        train: Training split; methods read it through `Run.batches`.
+        validation: Observations, shape (N, *E).
+        model: The job's own model with the initial weights that all methods of a comparison share.
+    """
+
+    train: Split
+    validation: Tensor
+    model: LatentModel
+    event_shape: tuple[int, ...]
+    spec: ModelSpec = field(repr=False)
+
+    @property
+    def latent_dim(self) -> int:
+        return self.model.latent_dim
+
+    def encoder_trunk(self, noise_dim: int = 0) -> nn.Module:
+        return self.spec.encoder_trunk(self.event_shape, noise_dim)
+
+    def pair_trunk(self) -> nn.Module:
+        return self.spec.pair_trunk(self.event_shape)
+
+
+class Problem(Configurable, ABC):
+    """Data and a model spec under one name: a plugin is a frozen dataclass that derives from this.
+
+    Its fields are the options of the problem (``latent_dim``, ``width`` ...).
+    """
+
+    @property
+    @abstractmethod
+    def default_budget(self) -> str:
+        """In the command line's form: ``steps=5000``."""
+
+    @abstractmethod
+    def dataset(self) -> DatasetSpec:
+        """The data, verified."""
+
+    @abstractmethod
+    def model_spec(self) -> ModelSpec: ...
+
+    @property
+    def optimum(self) -> float | None:
+        """The highest expected test log-likelihood that any model can reach, where it is known; nats."""
+        return None
+
+    @property
+    def spec_hash(self) -> str:
+        """Identifies data, model spec and the source that defines them; the same for every method."""
+        facts = {
+            "data": loaded(self).content_hash,
+            "problem": type(self).__qualname__,
+            "config": self.config,
+            "model": repr(self.model_spec()),
+            "source": [source_hash(part) for part in (type(self), model_module, nn_module)],
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def training_view(self, data: DeviceData, streams: Streams) -> TrainingView:
+        """Data and a fresh model for one job. Initial weights do not depend on the method."""
+        spec = self.model_spec()
+        with streams.initial_weights(shared=True):
+            model = spec.new_model(data.spec.event_shape)
+        model = model.to(device=data.validation.device, dtype=data.validation.dtype)
+        return TrainingView(data.train, data.validation, model, data.spec.event_shape, spec)
+
+
+@lru_cache(maxsize=4)
+def loaded(problem: Problem) -> DatasetSpec:
+    """The data of a problem, read once per process."""
+    return problem.dataset()
+
+
+@lru_cache(maxsize=4)
+def placed(problem: Problem, device: torch.device, dtype: torch.dtype) -> DeviceData:
+    """The data of a problem on a device, placed once per process and shared by all jobs."""
+    return DeviceData.place(loaded(problem), device, dtype)
+
+
+@lru_cache(maxsize=None)
+def source_hash(thing: object) -> str:
+    """SHA-256 of the source file that defines a class or is a module.
+
+    Raises:
+        TypeError: If the source file cannot be found; its results could not be told from those of an edited version.
+    """
+    path = inspect.getsourcefile(thing)  # type: ignore[arg-type]
+    if path is None:
+        raise TypeError(f"{thing!r} has no source file; results of a plugin without one cannot be identified")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

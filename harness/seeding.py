@@ -1,0 +1,85 @@
+"""Random streams, each derived by name, and isolation of the process-wide generators."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+def derive(*names: str | int) -> int:
+    """A 63-bit seed that depends on every name and on their order."""
+    digest = hashlib.sha256("\x1f".join(map(str, names)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(device: torch.device, *names: str | int) -> torch.Generator:
+    """A fresh generator on ``device`` for the stream called ``names``."""
+    stream = torch.Generator(device=device)
+    stream.manual_seed(derive(*names))
+    return stream
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The named random streams of one job.
+
+    A *shared* stream has no method in its name, so all methods of a comparison see the same minibatches, the same
+    binarisation, the same initial decoder weights and the same evaluation noise. An *own* stream belongs to one method.
+    """
+
+    seed: int
+    problem: str
+    method: str
+    device: torch.device
+
+    def shared(self, purpose: str) -> torch.Generator:
+        return generator(self.device, "shared", self.seed, self.problem, purpose)
+
+    def own(self, purpose: str) -> torch.Generator:
+        return generator(self.device, "own", self.seed, self.problem, self.method, purpose)
+
+    @contextmanager
+    def initial_weights(self, *, shared: bool) -> Iterator[None]:
+        """Modules built inside draw their initial weights from the named stream, on the CPU whatever the device."""
+        names = ("shared",) if shared else ("own", self.method)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive(*names, self.seed, self.problem, "weights"))
+            yield
+
+
+@contextmanager
+def isolated(seed: int) -> Iterator[None]:
+    """Seed the process-wide generators for one job; restore them, the default dtype and Pyro's state afterwards."""
+    python_state, numpy_state, dtype = random.getstate(), np.random.get_state(), torch.get_default_dtype()
+    pyro = sys.modules.get("pyro")
+    pyro_state = (pyro.settings.get(), pyro.get_param_store().get_state()) if pyro else None
+    gradients = torch.is_grad_enabled()
+    with torch.random.fork_rng():
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+            torch.set_default_dtype(dtype)
+            torch.set_grad_enabled(gradients)
+            _restore_pyro(pyro_state)
+
+
+def _restore_pyro(state: tuple[dict, dict] | None) -> None:
+    pyro = sys.modules.get("pyro")
+    if pyro is None:
+        return
+    pyro.clear_param_store()
+    if state is not None:
+        pyro.settings.set(**state[0])
+        pyro.get_param_store().set_state(state[1])

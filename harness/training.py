@@ -1,0 +1,235 @@
+"""The training loop of all gradient methods.
+
+A method states its modules, its *players* (who owns which parameters and how they are updated), the shapes of its noise
+and its losses as a pure function; the loop draws the noise, differentiates each loss with respect to its own player's
+parameters only, updates all players at once from one shared forward pass, and never waits for the device in between.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from pydantic import NonNegativeFloat, PositiveInt
+from torch import Tensor, nn
+
+from harness.method import CurvePoint, Diverged, Fit, Method, Run
+from harness.nn import count_parameters
+from harness.posterior import Posterior
+from harness.problem import TrainingView
+
+Modules = nn.ModuleDict
+Noise = dict[str, Tensor]
+
+LOG_EVERY = 100
+VALIDATION_CHECKS = 20
+CONVERGENCE_CHECK_STEPS = 500
+VALIDATION_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Player:
+    """Who minimises the loss of the same name.
+
+    Args:
+        on: Names of the modules whose parameters the player owns.
+        steps: Updates per step of the loop. The first is simultaneous with the other players', from one shared forward
+            pass; each further one is this player's alone, on a fresh batch with fresh noise.
+    """
+
+    name: str
+    on: tuple[str, ...]
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    steps: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientMethod(Method):
+    """A method that is trained by stochastic gradients: a subclass writes only the mathematics.
+
+    Args:
+        lr_decay: Factor by which every learning rate falls over the last 60 % of the budget, geometrically; 1 for none.
+        clip_norm: Largest norm of a player's gradient; 0 for no clipping, as in the released code of the AVB paper.
+    """
+
+    batch_size: PositiveInt = 128
+    lr_decay: NonNegativeFloat = 1.0
+    clip_norm: NonNegativeFloat = 0.0
+
+    @abstractmethod
+    def build(self, view: TrainingView) -> Modules:
+        """All modules by name, among them ``model``: the view's model, never another one."""
+
+    @abstractmethod
+    def players(self) -> list[Player]:
+        """Who minimises what; the first player's loss is the objective of the training curve."""
+
+    @abstractmethod
+    def noise(self, view: TrainingView) -> dict[str, tuple[int, ...]]:
+        """Shape, per observation, of each standard normal noise that `losses` uses."""
+
+    @abstractmethod
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        """The loss of each player: a pure function of its arguments.
+
+        Args:
+            x: Minibatch, shape (N, *E).
+            noise: Standard normal draws, each of shape (N, *shape) with the shapes of `noise`.
+
+        Returns:
+            A scalar for each player, a mean over observations in nats.
+        """
+
+    @abstractmethod
+    def posterior(self, modules: Modules) -> Posterior:
+        """q(z|x) of the trained modules."""
+
+    def fit(self, view: TrainingView, run: Run) -> Fit:
+        modules = _built(self, view)
+        step = _Loop(self, view, run, modules).train()
+        evaluations = step * sum(player.steps for player in self.players())
+        return self._fit(view, modules, step, evaluations)
+
+    def restore(self, view: TrainingView, state: Mapping[str, Tensor]) -> Fit:
+        modules = _built(self, view)
+        modules.load_state_dict(state)
+        return self._fit(view, modules, 0, 0)
+
+    def _fit(self, view: TrainingView, modules: Modules, steps: int, gradient_evaluations: int) -> Fit:
+        modules.eval().requires_grad_(False)
+        state = {name: tensor.detach() for name, tensor in modules.state_dict().items()}
+        parameters = count_parameters(modules) - count_parameters(view.model)
+        return Fit(view.model, self.posterior(modules), state, parameters, steps, gradient_evaluations)
+
+
+def _built(method: GradientMethod, view: TrainingView) -> Modules:
+    modules = method.build(view)
+    if modules["model"] is not view.model:
+        raise ValueError(f"{method.name}: build() must return the view's model under 'model'")
+    owned = [name for player in method.players() for name in player.on]
+    if sorted(owned) != sorted(modules):
+        raise ValueError(f"{method.name}: players own {sorted(owned)}, build() returned {sorted(modules)}")
+    return modules.to(device=view.validation.device, dtype=view.validation.dtype)
+
+
+@dataclass
+class _Owned:
+    """A player with its parameters and optimiser. One whose modules have no parameters (a fixed model) never steps."""
+
+    player: Player
+    parameters: list[nn.Parameter]
+    optimiser: torch.optim.Optimizer
+
+    def assign(self, gradients: tuple[Tensor | None, ...], clip_norm: float) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        if clip_norm:
+            nn.utils.clip_grad_norm_(self.parameters, clip_norm)
+
+
+@dataclass
+class _Loop:
+    method: GradientMethod
+    view: TrainingView
+    run: Run
+    modules: Modules
+    pending: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.owned = [_own(player, self.modules) for player in self.method.players()]
+        self.objective = self.owned[0].player.name
+        self.shapes = self.method.noise(self.view)
+        self.batches = self.run.batches(self.view.train, self.method.batch_size)
+        self.noise = self._noise_stream("noise")
+        self.check_every = (
+            math.ceil(self.run.budget.amount / VALIDATION_CHECKS)
+            if self.run.budget.unit == "steps"
+            else CONVERGENCE_CHECK_STEPS
+        )
+
+    def _noise_stream(self, purpose: str) -> Iterator[Noise]:
+        """Noise for one minibatch after another; each kind has its own stream."""
+        streams = {name: self.run.generator(f"{purpose}/{name}") for name in self.shapes}
+        while True:
+            yield {name: self._draw(self.method.batch_size, name, stream) for name, stream in streams.items()}
+
+    def _draw(self, n: int, name: str, stream: torch.Generator) -> Tensor:
+        shape = (n, *self.shapes[name])
+        return torch.randn(shape, generator=stream, device=self.run.device, dtype=self.run.dtype)
+
+    def train(self) -> int:
+        """Train until the budget is spent; returns the number of steps."""
+        self.modules.train()
+        for step in itertools.count(1):
+            self._step()
+            fraction = self.run.fraction(step, self.method.batch_size)
+            done = fraction >= 1
+            check = done or step % self.check_every == 0
+            if check or step % LOG_EVERY == 0:
+                self._log(step, fraction, check)
+                self._set_learning_rates(fraction)
+                done = done or self.run.converged()
+            if done:
+                break
+        if not all(bool(parameter.isfinite().all()) for parameter in self.modules.parameters()):
+            raise Diverged(f"parameters are not finite after step {step}")
+        return step
+
+    def _step(self) -> None:
+        """All players at once from one shared forward pass, then the further steps of those that take more."""
+        losses = self.method.losses(self.modules, next(self.batches), next(self.noise))
+        self.pending.append(losses[self.objective].detach())
+        movers = [owned for owned in self.owned if owned.parameters]
+        for i, owned in enumerate(movers):
+            self._differentiate(owned, losses, keep=i < len(movers) - 1)
+        for owned in movers:
+            owned.optimiser.step()
+        for owned in movers:
+            for _ in range(owned.player.steps - 1):
+                losses = self.method.losses(self.modules, next(self.batches), next(self.noise))
+                self._differentiate(owned, losses, keep=False)
+                owned.optimiser.step()
+
+    def _differentiate(self, owned: _Owned, losses: dict[str, Tensor], *, keep: bool) -> None:
+        loss = losses[owned.player.name]
+        owned.assign(torch.autograd.grad(loss, owned.parameters, retain_graph=keep), self.method.clip_norm)
+
+    def _log(self, step: int, fraction: float, check: bool) -> None:
+        mean = float(torch.stack(self.pending).mean())
+        self.pending.clear()
+        seconds = self.run.clock.elapsed()
+        validation = self._validate() if check else None
+        self.run.log(CurvePoint(step, seconds, mean, validation), fraction)
+
+    def _validate(self) -> float:
+        """The objective on the validation split, with the same noise at every check; off the fit clock."""
+        streams = {name: self.run.generator(f"validation/{name}") for name in self.shapes}
+        observations = self.view.validation
+        copies = max(1, VALIDATION_BATCH // len(observations))  # more noise where there are few observations
+        total, n = 0.0, copies * len(observations)
+        with self.run.clock.paused(), torch.no_grad():
+            self.modules.eval()
+            for x in observations.repeat(copies, *[1] * (observations.ndim - 1)).split(VALIDATION_BATCH):
+                noise = {name: self._draw(len(x), name, stream) for name, stream in streams.items()}
+                total += float(self.method.losses(self.modules, x, noise)[self.objective]) * len(x)
+            self.modules.train()
+        return total / n
+
+    def _set_learning_rates(self, fraction: float) -> None:
+        if self.method.lr_decay == 1.0:
+            return
+        factor = self.method.lr_decay ** max(0.0, (fraction - 0.4) / 0.6)
+        for owned in self.owned:
+            for group in owned.optimiser.param_groups:
+                group["lr"] = owned.player.lr * factor
+
+
+def _own(player: Player, modules: Modules) -> _Owned:
+    parameters = [parameter for name in player.on for parameter in modules[name].parameters()]
+    optimiser = torch.optim.Adam(parameters or [torch.zeros(())], lr=player.lr, betas=player.betas, fused=True)
+    return _Owned(player, parameters, optimiser)

@@ -1,0 +1,120 @@
+r"""AVB: adversarial variational Bayes, with an implicit posterior z = z_phi(x, eps).
+
+.. math:: \max_{\theta,\phi} E_{p_D(x)} E_{q_\phi(z|x)} [-T^*(x, z) + \log p_\theta(x|z)], \quad
+          T^* = \arg\max_T E_{q_\phi(z|x)} \log\sigma(T(x, z)) + E_{p(z)} \log(1 - \sigma(T(x, z)))
+
+At the optimum T*(x, z) = log q_phi(z|x) - log p(z), whose gradient in phi has mean zero.
+Mescheder, Nowozin, Geiger 2017, Algorithm 1, https://arxiv.org/abs/1701.04722
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+
+from harness import hookimpl
+from harness.nn import linear
+from harness.posterior import Posterior
+from harness.problem import TrainingView
+from harness.training import GradientMethod, Modules, Noise, Player
+
+
+class NoiseInjectedEncoder(nn.Module):
+    """z = z_phi(x, eps): x (N, *E) and eps (..., N, noise_dim) -> (..., N, D)."""
+
+    def __init__(self, trunk: nn.Module, noise_dim: int, latent_dim: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = linear(trunk.features, latent_dim)
+        self.injection = linear(noise_dim, latent_dim, bias=False)
+
+    def forward(self, x: Tensor, eps: Tensor) -> Tensor:
+        return self.head(self.trunk(x, eps)) + self.injection(eps)
+
+
+class LogRatio(nn.Module):
+    """T(x, z) = network + |z|^2/2: the network has to learn log q up to a constant, not log q - log p.
+
+    x (N, *E) and z (..., N, D) -> (..., N), nats.
+    """
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = linear(trunk.features, 1)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.head(self.trunk(x, z)).squeeze(-1) + 0.5 * z.square().sum(-1)
+
+
+class AdversarialPosterior(Posterior):
+    """The implicit q(z|x), with the adversary's estimate of log q(z|x) - log p(z)."""
+
+    def __init__(self, encoder: NoiseInjectedEncoder, adversary: LogRatio, noise_dim: int) -> None:
+        self.encoder = encoder
+        self.adversary = adversary
+        self.noise_dim = noise_dim
+
+    def sample(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        eps = torch.randn((n, len(x), self.noise_dim), generator=generator, device=x.device, dtype=x.dtype)
+        return self.encoder(x, eps)
+
+    def log_ratio(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.adversary(x, z)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AVB(GradientMethod):
+    """Adversarial variational Bayes: primal and adversary updated simultaneously from one shared forward pass.
+
+    Args:
+        adversary_steps: Adversary updates per primal update; those after the first see fresh batches.
+    """
+
+    name: str = "avb"
+    noise_dim: PositiveInt = 32
+    lr: PositiveFloat = 1e-3
+    adversary_lr: PositiveFloat = 2e-3
+    adversary_steps: PositiveInt = 1
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+    def build(self, view: TrainingView) -> Modules:
+        return Modules(
+            {
+                "model": view.model,
+                "encoder": NoiseInjectedEncoder(view.encoder_trunk(self.noise_dim), self.noise_dim, view.latent_dim),
+                "adversary": LogRatio(view.pair_trunk()),
+            }
+        )
+
+    def players(self) -> list[Player]:
+        betas = (self.beta1, 0.999)
+        return [
+            Player("negative_elbo", on=("model", "encoder"), lr=self.lr, betas=betas),
+            Player("adversary", on=("adversary",), lr=self.adversary_lr, betas=betas, steps=self.adversary_steps),
+        ]
+
+    def noise(self, view: TrainingView) -> dict[str, tuple[int, ...]]:
+        return {"eps": (self.noise_dim,), "prior_z": (view.latent_dim,)}
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        z = modules["encoder"](x, noise["eps"])
+        t_posterior, t_prior = modules["adversary"](x, torch.stack([z, noise["prior_z"]]))
+        return {
+            "negative_elbo": (t_posterior - modules["model"].log_likelihood(x, z)).mean(),
+            "adversary": softplus(-t_posterior).mean() + softplus(t_prior).mean(),
+        }
+
+    def posterior(self, modules: Modules) -> Posterior:
+        return AdversarialPosterior(modules["encoder"], modules["adversary"], self.noise_dim)
+
+
+@hookimpl
+def harness_methods() -> list[AVB]:
+    return [AVB()]

@@ -1,0 +1,98 @@
+r"""VAE: a diagonal Gaussian posterior, trained on the evidence lower bound.
+
+.. math:: \log p_\theta(x) \ge E_{q_\phi(z|x)}[\log p_\theta(x|z)] - KL(q_\phi(z|x) \| p(z))
+
+Kingma and Welling 2014, https://arxiv.org/abs/1312.6114; Rezende, Mohamed, Wierstra 2014, https://arxiv.org/abs/1401.4082
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from pydantic import PositiveFloat
+from torch import Tensor, nn
+
+from harness import hookimpl
+from harness.model import StandardNormalPrior, log_normal
+from harness.nn import linear
+from harness.posterior import Posterior
+from harness.problem import TrainingView
+from harness.training import GradientMethod, Modules, Noise, Player
+
+
+class GaussianEncoder(nn.Module):
+    """Mean and log standard deviation of q(z|x): x (N, *E) -> two of (N, D)."""
+
+    def __init__(self, trunk: nn.Module, latent_dim: int) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = linear(trunk.features, 2 * latent_dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_sd = self.head(self.trunk(x)).chunk(2, dim=-1)
+        return mean, log_sd
+
+
+def kl_to_standard_normal(mean: Tensor, log_sd: Tensor) -> Tensor:
+    """KL(N(mean, sd^2) || N(0, I)), summed over the last axis: (..., D) -> (...), nats."""
+    return 0.5 * (mean.square() + torch.exp(2 * log_sd) - 1).sum(-1) - log_sd.sum(-1)
+
+
+class GaussianPosterior(Posterior):
+    """q(z|x) = N(mean(x), diag(sd(x)^2))."""
+
+    def __init__(self, encoder: GaussianEncoder) -> None:
+        self.encoder = encoder
+
+    def sample(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        return self.sample_and_log_prob(x, n, generator)[0]
+
+    def sample_and_log_prob(self, x: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        mean, log_sd = self.encoder(x)
+        eps = torch.randn((n, *mean.shape), generator=generator, device=mean.device, dtype=mean.dtype)
+        z = mean + torch.exp(log_sd) * eps
+        return z, log_normal(z, mean, log_sd)
+
+    def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
+        return log_normal(z, *self.encoder(x))
+
+    def kl_to_prior(self, x: Tensor) -> Tensor:
+        """KL(q(z|x) || N(0, I)): x (N, *E) -> (N,), nats. Defined for a standard normal prior."""
+        return kl_to_standard_normal(*self.encoder(x))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAE(GradientMethod):
+    """Gaussian VAE with one reparametrised sample and the analytic KL to a standard normal prior."""
+
+    name: str = "vae"
+    lr: PositiveFloat = 1e-3
+
+    def unfit(self, view: TrainingView) -> str | None:
+        if not isinstance(view.model, StandardNormalPrior):
+            return "the analytic KL needs a standard normal prior"
+        return None
+
+    def build(self, view: TrainingView) -> Modules:
+        return Modules({"model": view.model, "encoder": GaussianEncoder(view.encoder_trunk(), view.latent_dim)})
+
+    def players(self) -> list[Player]:
+        return [Player("negative_elbo", on=("model", "encoder"), lr=self.lr)]
+
+    def noise(self, view: TrainingView) -> dict[str, tuple[int, ...]]:
+        return {"eps": (view.latent_dim,)}
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        mean, log_sd = modules["encoder"](x)
+        z = mean + torch.exp(log_sd) * noise["eps"]
+        elbo = modules["model"].log_likelihood(x, z) - kl_to_standard_normal(mean, log_sd)
+        return {"negative_elbo": -elbo.mean()}
+
+    def posterior(self, modules: Modules) -> Posterior:
+        return GaussianPosterior(modules["encoder"])
+
+
+@hookimpl
+def harness_methods() -> list[VAE]:
+    return [VAE()]
