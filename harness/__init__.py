@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from harness.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from harness.compare import compare, fit, load
+    from harness.comparison import compare, data, fit, load
 
-__all__ = ["compare", "fit", "hookimpl", "load"]
+__all__ = ["compare", "data", "fit", "hookimpl", "load"]
 
-_HOMES = {"compare": "harness.compare", "fit": "harness.compare", "load": "harness.compare"}
+_LAZY = ("compare", "data", "fit", "load")
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    if name in _LAZY:
+        return getattr(import_module("harness.comparison"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -106,6 +106,9 @@ class EvaluationRun:
 
 class Evaluator(Configurable, ABC):
     """Measures fits: a plugin is a frozen dataclass that derives from this; its fields are its settings."""
+
+    by_default: ClassVar[bool] = True
+    """Whether a comparison that names no evaluators uses this one."""
 
     def undefined(self, fit: Fit, problem: Problem) -> str | None:
         """Why this evaluator says nothing about this fit, or None. It then gives a ``skipped`` row."""

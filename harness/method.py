@@ -146,6 +146,7 @@ class Fit:
     Args:
         state: Tensors from which `Method.restore` rebuilds model and posterior.
         parameters: Trainable parameters that the method brought besides the model's.
+        seconds, curve: Time on the fit clock and training curve; filled in by the job. Empty in a restored fit.
     """
 
     model: LatentModel
@@ -154,6 +155,8 @@ class Fit:
     parameters: int = 0
     steps: int = 0
     gradient_evaluations: int = 0
+    seconds: float = 0.0
+    curve: tuple[CurvePoint, ...] = ()
 
 
 class Method(Configurable, ABC):

@@ -85,24 +85,31 @@ class Registry:
         Raises:
             UserError: If the text is malformed, a name or option is unknown, a value invalid, or a run given twice.
         """
-        provided: dict[str, Provided[Any]] = getattr(self, kind)
-        chosen: list[Any] = []
-        for name, options in parse_selection(text):
-            chosen.append(configure(self._prototype(kind, provided, name), options))
+        chosen = [configure(self.prototype(kind, name), options) for name, options in parse_selection(text)]
         repeated = [item.label for i, item in enumerate(chosen) if item in chosen[:i]]
         if repeated:
             raise UserError(f"{kind}: the same run is asked for twice: {repeated[0]}")
         return chosen
 
-    def _prototype(self, kind: str, provided: dict[str, Provided[Any]], name: str) -> Any:
-        stem, colon, argument = name.partition(":")
-        if stem in provided and bool(colon) == hasattr(provided[stem].thing, "with_argument"):
-            thing = provided[stem].thing
-            return thing.with_argument(argument) if colon else thing
-        raise UserError(unknown(kind[:-1], name, provided))
+    def prototype(self, kind: str, name: str) -> Any:
+        """What is registered as ``name``, or as the part before the colon in ``name:argument``, with its defaults.
 
-    def plugin_of(self, kind: str, name: str) -> Plugin:
-        return getattr(self, kind)[name.partition(":")[0]].plugin
+        Raises:
+            UserError: If there is none.
+        """
+        provided: dict[str, Provided[Any]] = getattr(self, kind)
+        stem, colon, argument = name.partition(":")
+        if stem not in provided or (colon and not hasattr(provided[stem].thing, "with_argument")):
+            raise UserError(unknown(kind[:-1], name, provided))
+        thing = provided[stem].thing
+        return thing.with_argument(argument) if colon else thing
+
+    def plugin_of(self, kind: str, thing: Configurable) -> Plugin:
+        """Where a method, problem ... comes from; one made in Python need not come from a plugin."""
+        provided = getattr(self, kind).get(thing.name)
+        if provided is None or type(provided.thing) is not type(thing):
+            return Plugin(thing.name, "not a plugin", "")
+        return provided.plugin
 
     def _load_entry_point(self, entry_point: metadata.EntryPoint) -> None:
         distribution = entry_point.dist

@@ -12,6 +12,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
@@ -233,3 +234,17 @@ def _own(player: Player, modules: Modules) -> _Owned:
     parameters = [parameter for name in player.on for parameter in modules[name].parameters()]
     optimiser = torch.optim.Adam(parameters or [torch.zeros(())], lr=player.lr, betas=player.betas, fused=True)
     return _Owned(player, parameters, optimiser)
+
+
+@lru_cache(maxsize=None)
+def warm_up(device: torch.device, dtype: torch.dtype) -> None:
+    """Pay once per process for what the first step of any loop would pay: lazy imports, library and kernel set-up."""
+    layer = nn.Linear(2, 2, device=device, dtype=dtype)
+    optimiser = torch.optim.Adam(layer.parameters(), fused=True)
+    stream = torch.Generator(device=device)
+    x = torch.randn(2, 2, generator=stream, device=device, dtype=dtype)
+    for parameter, gradient in zip(
+        layer.parameters(), torch.autograd.grad(layer(x).sum(), list(layer.parameters())), strict=True
+    ):
+        parameter.grad = gradient
+    optimiser.step()

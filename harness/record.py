@@ -1,0 +1,47 @@
+"""The record of a measurement: one flat row, by contract (DESIGN: "Records")."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+SCHEMA = 1
+
+JOB_COLUMNS = (
+    "schema run_id job_id problem dataset binarisation split model spec_hash decoder_parameters method config "
+    "method_parameters plugin plugin_version seed status reason"
+).split()
+MEASUREMENT_COLUMNS = (
+    "evaluator metric value kind bounds unit stderr stderr_test n_observations settings"
+).split()  # fmt: skip
+COST_COLUMNS = (
+    "fit_seconds fit_steps steps_per_second gradient_evaluations compile_seconds evaluate_seconds peak_memory_bytes "
+    "timing_valid shared_clock"
+).split()
+PLACE_COLUMNS = (
+    "device precision step_mode hardware threads torch_version git_commit git_dirty started_at budget bits_per_dim"
+).split()
+COLUMNS = [*JOB_COLUMNS, *MEASUREMENT_COLUMNS, *COST_COLUMNS, *PLACE_COLUMNS]
+
+TIMING_COLUMNS = [
+    "fit_seconds", "steps_per_second", "compile_seconds", "evaluate_seconds", "peak_memory_bytes", "started_at",
+]  # fmt: skip
+"""Columns in which two runs of the same command on one machine may differ."""
+
+STATUSES = ("ok", "failed", "diverged", "timeout", "killed", "skipped")
+
+
+def row(job: Mapping[str, Any], measurement: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A record from the facts of a job and of one of its measurements; columns that do not apply are None."""
+    facts = {**job, **(measurement or {})}
+    facts["bits_per_dim"] = _bits_per_dim(facts)
+    return {column: facts.get(column) for column in COLUMNS}
+
+
+def _bits_per_dim(facts: Mapping[str, Any]) -> float | None:
+    """-log2 p(x) per element: only for log-likelihoods of observations with an image's shape."""
+    shape = facts.get("event_shape") or ()
+    if facts.get("metric") != "log_likelihood" or len(shape) < 2 or facts.get("value") is None:
+        return None
+    return -facts["value"] / (math.prod(shape) * math.log(2))
