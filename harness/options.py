@@ -1,6 +1,6 @@
 """Options of methods, problems and evaluators: typed dataclass fields, validated, and their textual form.
 
-The textual form is that of the command line: ``avb[noise_dim=32,lr=1e-4|2e-4],vae``.
+The textual form is that of the command line: ``avb[noise_dim=32,lr=1e-4|2e-4],vae``; seeds are ``3`` or ``0,1,2``.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import difflib
 import itertools
 import json
 import math
+import operator
 import typing
-from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -22,14 +23,29 @@ class UserError(Exception):
     """A mistake of the user's: one clear line with what was expected, what came, and the remedy."""
 
 
-@lru_cache(maxsize=None)
+MAX_SEEDS = 10_000
+"""More repetitions than this are a typing error."""
+
+
+@cache
 def _adapters(cls: type) -> dict[str, TypeAdapter[Any]]:
     hints = typing.get_type_hints(cls, include_extras=True)
     return {field.name: TypeAdapter(hints[field.name]) for field in dataclasses.fields(cls)}
 
 
+def schema(cls: type[Configurable]) -> dict[str, dict[str, Any]]:
+    """JSON schema (type, bounds, choices) of every option of a class, by name."""
+    return {key: adapter.json_schema() for key, adapter in _adapters(cls).items() if key != "name"}
+
+
 def _reason(error: ValidationError) -> str:
-    return "; ".join(item["msg"] for item in error.errors()).lower()
+    return "; ".join(item["msg"][:1].lower() + item["msg"][1:] for item in error.errors())
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_finite(item) for item in typing.cast("Sequence[Any]", value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 class Configurable:
@@ -45,11 +61,12 @@ class Configurable:
         for key, adapter in _adapters(type(self)).items():
             value = getattr(self, key)
             try:
-                object.__setattr__(self, key, adapter.validate_python(value))
+                valid = adapter.validate_python(value)
             except ValidationError as error:
                 raise UserError(f"{self.name}: option {key}={value!r}: {_reason(error)}") from None
-            if isinstance(value, float) and not math.isfinite(value):
+            if not _finite(valid):
                 raise UserError(f"{self.name}: option {key}={value!r}: must be finite")
+            object.__setattr__(self, key, valid)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -63,11 +80,17 @@ class Configurable:
     @property
     def label(self) -> str:
         """The name and, in brackets, the options that differ from the defaults of the class."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}  # type: ignore[arg-type]
-        changed = [
-            f"{key}={_text(value)}" for key, value in self.config.items() if getattr(self, key) != defaults[key]
-        ]
+        usual = defaults(type(self))
+        changed = [f"{key}={_text(value)}" for key, value in self.config.items() if getattr(self, key) != usual[key]]
         return f"{self.name}[{','.join(changed)}]" if changed else self.name
+
+
+def defaults(cls: type[Configurable]) -> dict[str, Any]:
+    """Default of every field of a class, `dataclasses.MISSING` where there is none."""
+    return {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+    }
 
 
 def _text(value: Any) -> str:
@@ -95,16 +118,53 @@ def configure(prototype: C, options: Mapping[str, str]) -> C:
         try:
             values[key] = adapters[key].validate_strings(text)
         except ValidationError as error:
-            raise UserError(f"{prototype.name}: option {key}={text}: {_reason(error)}") from None
+            raise UserError(f"{prototype.name}: option {key}={text!r}: {_reason(error)}") from None
     return dataclasses.replace(prototype, **values)  # type: ignore[type-var]
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that is not known, with the nearest one that is."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"
+    names = {name.casefold(): name for name in sorted(known)}
+    close = difflib.get_close_matches(name.casefold(), names, n=1, cutoff=0.5)
+    hint = f"did you mean {names[close[0]]!r}?" if close else f"known: {', '.join(names.values()) or 'none'}"
     return f"unknown {what} {name!r}; {hint}"
+
+
+def parse_seeds(seeds: int | str | Iterable[int]) -> list[int]:
+    """Seeds from how many (``3`` or ``"3"``: 0, 1, 2) or which (``"0,1,2"`` or ``[0, 1, 2]``).
+
+    Raises:
+        UserError: If there is none, too many, the same one twice, or something that is no whole number from 0.
+    """
+    form = "expected how many (3) or which (0,1,2), whole numbers"
+    if isinstance(seeds, str):
+        texts = [text.strip() for text in seeds.split(",")]
+        wrong = [text for text in texts if not text.isdecimal() or len(text) > 19]
+        if wrong:
+            raise UserError(f"seeds {seeds!r}: {wrong[0]!r} is not a whole number from 0 to 2^63 - 1; {form}")
+        seeds = [int(text) for text in texts] if len(texts) > 1 else int(texts[0])
+    if isinstance(seeds, int):
+        if isinstance(seeds, bool) or not 1 <= seeds <= MAX_SEEDS:
+            raise UserError(f"seeds {seeds!r}: how many must be between 1 and {MAX_SEEDS}; {form}")
+        return list(range(seeds))
+    return _chosen_seeds(seeds, form)
+
+
+def _chosen_seeds(seeds: Iterable[int], form: str) -> list[int]:
+    chosen: list[int] = []
+    for seed in seeds:
+        try:
+            number = operator.index(seed)
+        except TypeError:
+            raise UserError(f"seeds: {seed!r} is not a whole number; {form}") from None
+        if isinstance(seed, bool) or not 0 <= number < 2**63:
+            raise UserError(f"seeds: {seed!r} must be a whole number from 0 to 2^63 - 1; {form}")
+        if number in chosen:
+            raise UserError(f"seeds: {number} is given twice; {form}")
+        chosen.append(number)
+    if not 1 <= len(chosen) <= MAX_SEEDS:
+        raise UserError(f"seeds: between 1 and {MAX_SEEDS} of them, got {len(chosen)}; {form}")
+    return chosen
 
 
 def parse_selection(text: str) -> list[tuple[str, dict[str, str]]]:
@@ -116,8 +176,8 @@ def parse_selection(text: str) -> list[tuple[str, dict[str, str]]]:
     selected: list[tuple[str, dict[str, str]]] = []
     for entry in _split_outside_brackets(text):
         name, bracket, rest = entry.partition("[")
-        if bracket and not rest.endswith("]"):
-            raise UserError(f"unexpected text after ']' in {entry!r}")
+        if bracket and rest.find("]") != len(rest) - 1:
+            raise UserError(f"unexpected text after ']' in {entry!r}; expected name[option=value,...]")
         if not name:
             raise UserError(f"empty entry in {text!r}; expected name or name[option=value,...], separated by commas")
         selected += [(name, options) for options in _alternatives(rest[:-1], entry)] if bracket else [(name, {})]
