@@ -36,11 +36,16 @@ Selection = str | Method | Problem | Evaluator | Iterable[str | Method | Problem
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """A job of a plan: what it is, how it ended if it is done, and which evaluators have not measured it yet."""
+    """A job of a plan: what it is, how it ended if it is done, and which evaluators have not measured it yet.
+
+    Args:
+        problem, label: Problem and method with the options that differ from their defaults, for reading.
+    """
 
     job_id: str
     problem: str
     method: str
+    label: str
     config: dict[str, Any]
     seed: int
     budget: str
@@ -104,6 +109,7 @@ class Comparison:
             job.job_id,
             job.problem.label,
             job.method.name,
+            job.method.label,
             job.method.config,
             job.seed,
             str(job.budget),
