@@ -21,30 +21,36 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
 @hookspec
-def harness_methods() -> Sequence[Method]:  # type: ignore[empty-body]
+def harness_methods() -> Sequence[Method]:
     """Inference methods, each with its default options."""
+    ...
 
 
 @hookspec
-def harness_datasets() -> Sequence[Dataset]:  # type: ignore[empty-body]
+def harness_datasets() -> Sequence[Dataset]:
     """Sources of data, for `harness data` and for problems."""
+    ...
 
 
 @hookspec
-def harness_problems() -> Sequence[Problem]:  # type: ignore[empty-body]
+def harness_problems() -> Sequence[Problem]:
     """Problems: data with a model spec, each with its default options."""
+    ...
 
 
 @hookspec
-def harness_evaluators() -> Sequence[Evaluator]:  # type: ignore[empty-body]
+def harness_evaluators() -> Sequence[Evaluator]:
     """Evaluators, each with its default settings."""
+    ...
 
 
 @hookspec
 def harness_job_started(job: Job) -> None:
     """A job is about to be fitted; jobs that are done already are not announced."""
+    ...
 
 
 @hookspec
 def harness_job_finished(job: Job, outcome: JobOutcome) -> None:
     """A job has been fitted and measured, or has ended in another status."""
+    ...

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Generic, TypeVar
 
 import pluggy
 
 from harness import hookspecs
 from harness.evaluator import Evaluator
+from harness.loading import PluginError, check_marked, check_prototype, import_file, reason_of
 from harness.method import Method
 from harness.options import Configurable, UserError, configure, parse_selection, unknown
 from harness.problem import Dataset, Problem
 
 T = TypeVar("T", bound=Configurable)
+
+_KINDS: dict[str, type[Configurable]] = {
+    "methods": Method,
+    "datasets": Dataset,
+    "problems": Problem,
+    "evaluators": Evaluator,
+}
 
 
 class PluginWarning(UserWarning):
@@ -39,6 +44,9 @@ class Plugin:
     @property
     def origin(self) -> str:
         return f"{self.distribution} {self.version}".strip()
+
+    def __str__(self) -> str:
+        return f"{self.name!r} of {self.origin}"
 
 
 @dataclass(frozen=True)
@@ -70,13 +78,17 @@ class Registry:
         A broken entry point is warned about and listed as broken; the others are used.
 
         Raises:
-            UserError: If a file is missing or broken, or if two plugins claim one name.
+            UserError: If a file is missing, broken or given twice, or if two plugins claim one name.
         """
         registry = Registry()
         for entry_point in metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP):
             registry._load_entry_point(entry_point)
-        for path in files:
-            registry._load_file(Path(path))
+        seen: set[Path] = set()
+        for path in map(Path, files):
+            if path.resolve() in seen:
+                raise UserError(f"plugin file {str(path)!r} is given twice")
+            seen.add(path.resolve())
+            registry._load_file(path)
         return registry
 
     def select(self, kind: str, text: str) -> list[Any]:
@@ -111,41 +123,46 @@ class Registry:
             return Plugin(thing.name, "not a plugin", "")
         return provided.plugin
 
+    def notify(self, hook: str, **facts: Any) -> None:
+        """Call a notification hook of every plugin; one that raises is warned about and stops nothing."""
+        for implementation in reversed(getattr(self.manager.hook, hook).get_hookimpls()):
+            try:
+                implementation.function(*[facts[name] for name in implementation.argnames])
+            except Exception as error:
+                warnings.warn(
+                    f"plugin {implementation.plugin_name!r}: {hook} failed: {reason_of(error)}", PluginWarning, 2
+                )
+
     def _load_entry_point(self, entry_point: metadata.EntryPoint) -> None:
         distribution = entry_point.dist
         origin = (distribution.name, distribution.version) if distribution else ("unknown", "")
         try:
             self._register(entry_point.load(), Plugin(entry_point.name, *origin))
-        except UserError:
+        except _NameTaken:
             raise
         except (Exception, SystemExit) as error:  # a plugin may fail in any way; the others go on
-            plugin = Plugin(entry_point.name, *origin, broken=f"{type(error).__name__}: {error}")
+            plugin = Plugin(entry_point.name, *origin, broken=reason_of(error))
             self.plugins.append(plugin)
-            warnings.warn(f"plugin {plugin.name!r} of {plugin.origin} is broken: {plugin.broken}", PluginWarning, 2)
+            warnings.warn(f"plugin {plugin} is broken: {plugin.broken}", PluginWarning, 2)
 
     def _load_file(self, path: Path) -> None:
         if not path.is_file():
             raise UserError(f"plugin file {str(path)!r} does not exist")
         try:
-            self._register(_import_file(path), Plugin(path.stem, f"file {path.name}", ""))
-        except UserError:
+            self._register(import_file(path), Plugin(path.stem, f"file {path.name}", ""))
+        except _NameTaken:
             raise
         except (Exception, SystemExit) as error:
-            raise UserError(f"plugin file {str(path)!r} is broken: {type(error).__name__}: {error}") from error
+            raise UserError(f"plugin file {str(path)!r} is broken: {reason_of(error)}") from error
 
-    def _register(self, module: ModuleType, plugin: Plugin) -> None:
-        self.manager.register(module, name=f"{plugin.distribution}:{plugin.name}")
+    def _register(self, module: object, plugin: Plugin) -> None:
+        if self.manager.is_registered(module):
+            raise PluginError("this module is registered already, under another entry point")
+        check_marked(module)
         try:
-            self.manager.check_pending()
-            found = {
-                kind: _provided(module, hook, base)
-                for kind, hook, base in (
-                    ("methods", "harness_methods", Method),
-                    ("datasets", "harness_datasets", Dataset),
-                    ("problems", "harness_problems", Problem),
-                    ("evaluators", "harness_evaluators", Evaluator),
-                )
-            }
+            self.manager.register(module)
+            self._check_hooks(module)
+            found = {kind: self._provided(module, kind, base) for kind, base in _KINDS.items()}
         except BaseException:
             self.manager.unregister(module)
             raise
@@ -153,41 +170,42 @@ class Registry:
             self._claim(kind, things, plugin)
         self.plugins.append(plugin)
 
+    def _check_hooks(self, module: object) -> None:
+        known = {name for name in vars(hookspecs) if name.startswith("harness_")}
+        for caller in self.manager.get_hookcallers(module) or []:
+            if caller.name not in known and not all(impl.optionalhook for impl in caller.get_hookimpls()):
+                ours = metadata.version("inference-harness")
+                raise PluginError(
+                    f"it implements {caller.name}, which inference-harness {ours} does not know: "
+                    f"update inference-harness, or mark it @hookimpl(optionalhook=True)"
+                )
+
+    def _provided(self, module: object, kind: str, base: type[Configurable]) -> list[Any]:
+        hook = f"harness_{kind}"
+        things: list[Any] = []
+        for implementation in getattr(self.manager.hook, hook).get_hookimpls():
+            if implementation.plugin is module:
+                returned = implementation.function()
+                if not isinstance(returned, Sequence):
+                    raise PluginError(f"{hook} must return a list of {base.__name__}, got {type(returned).__name__}")
+                things += returned
+        for thing in things:
+            check_prototype(thing, base, hook)
+        names = [thing.name for thing in things]
+        if len(set(names)) < len(names):
+            raise PluginError(f"{hook} gives one name to two things: {', '.join(names)}")
+        return things
+
     def _claim(self, kind: str, things: Sequence[Configurable], plugin: Plugin) -> None:
         known: dict[str, Provided[Any]] = getattr(self, kind)
         for thing in things:
             if thing.name in known:
-                other = known[thing.name].plugin
-                raise UserError(
-                    f"two plugins claim the {kind[:-1]} {thing.name!r}: {other.name!r} of {other.origin} and "
-                    f"{plugin.name!r} of {plugin.origin}; uninstall or rename one"
+                raise _NameTaken(
+                    f"two plugins claim the {kind[:-1]} {thing.name!r}: {known[thing.name].plugin} and {plugin}; "
+                    "uninstall or rename one"
                 )
             known[thing.name] = Provided(thing, plugin)
 
 
-def _provided(module: ModuleType, hook: str, base: type) -> Sequence[Any]:
-    implementation = getattr(module, hook, None)
-    if implementation is None:
-        return []
-    things = implementation()
-    if not isinstance(things, Sequence):
-        raise TypeError(f"{hook} must return a list of {base.__name__}, got {type(things).__name__}")
-    for thing in things:
-        if not isinstance(thing, base):
-            raise TypeError(f"{hook} must return {base.__name__} instances, got {thing!r}")
-    return things
-
-
-def _import_file(path: Path) -> ModuleType:
-    name = f"harness_plugin_file_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"plugin file {str(path)!r} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
+class _NameTaken(UserError):
+    """Two plugins claim one name: neither can be trusted to be the one that is meant, so nothing runs."""
