@@ -1,0 +1,191 @@
+"""The plan of a comparison: from what a user asks for to jobs and evaluators, validated before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from harness.evaluator import Evaluator
+from harness.job import Job, Precision, evaluator_file, is_measured
+from harness.method import Budget, Method
+from harness.options import UserError, parse_seeds, unknown
+from harness.problem import Problem
+from harness.record import STATUSES
+from harness.registry import Registry
+from harness.store import Facts, Store
+
+log = logging.getLogger(__name__)
+
+Selection = str | Method | Problem | Evaluator | Iterable[str | Method | Problem | Evaluator]
+
+
+@dataclass(frozen=True)
+class PlannedJob:
+    """A job of a plan: what it is, how it ended if it is done, and which evaluators have not measured it yet.
+
+    Args:
+        problem, label: Problem and method with the options that differ from their defaults, for reading.
+    """
+
+    job_id: str
+    problem: str
+    method: str
+    label: str
+    config: dict[str, Any]
+    seed: int
+    budget: str
+    status: str
+    waiting: tuple[Evaluator, ...]
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """Names of the evaluators that have not measured it yet."""
+        return tuple(by.name for by in self.waiting)
+
+    @property
+    def done(self) -> bool:
+        return bool(self.status) and not self.waiting
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is to be compared, resolved and validated: every job with the evaluators that are to measure it."""
+
+    registry: Registry
+    jobs: Sequence[Job]
+    evaluators: Sequence[Evaluator]
+    device: torch.device
+    retry: frozenset[str] = frozenset()
+
+    @property
+    def run_id(self) -> str:
+        """Identifies what was asked for: the same command has the same one."""
+        asked = [[job.job_id for job in self.jobs], [evaluator_file(by) for by in self.evaluators]]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
+
+    def planned(self, job: Job, store: Store) -> PlannedJob:
+        """What is left to do for a job."""
+        facts = store.job(job.job_id) or {"status": ""}
+        status = "" if facts["status"] in self.retry else facts["status"]
+        waiting = [by for by in self.evaluators if not is_measured(job, by, store, self.retry)]
+        return PlannedJob(
+            job.job_id,
+            job.problem.label,
+            job.method.name,
+            job.method.label,
+            job.method.config,
+            job.seed,
+            str(job.budget),
+            status,
+            tuple(waiting) if status in ("", "ok") else (),
+        )
+
+
+def resolve(
+    methods: Selection,
+    problems: Selection,
+    seeds: int | str | Sequence[int],
+    budget: str | None,
+    evaluators: Selection | None,
+    device: str,
+    precision: str,
+    plugins: Iterable[str | Path],
+    retry: Iterable[str],
+) -> Comparison:
+    registry = Registry.discover(plugins)
+    chosen_methods: list[Method] = select(registry, "methods", methods)
+    chosen_problems: list[Problem] = select(registry, "problems", problems)
+    chosen_evaluators: list[Evaluator] = (
+        [provided.thing for provided in registry.evaluators.values() if provided.thing.by_default]
+        if evaluators is None
+        else select(registry, "evaluators", evaluators)
+    )
+    place, numbers = find_device(device), parse_seeds(seeds)
+    find_dtype(precision)
+    everywhere = Budget.parse(budget) if budget is not None else None
+    jobs = [
+        Job(
+            problem,
+            method,
+            seed,
+            everywhere or Budget.parse(problem.default_budget),
+            place,
+            precision,  # type: ignore[arg-type]
+            plugin=registry.plugin_of("methods", method),
+        )
+        for problem in chosen_problems
+        for seed in numbers
+        for method in chosen_methods
+    ]
+    return Comparison(registry, jobs, chosen_evaluators, place, _statuses(retry))
+
+
+def select(registry: Registry, kind: str, selection: Selection) -> list[Any]:
+    if isinstance(selection, str):
+        return registry.select(kind, selection)
+    items = selection if isinstance(selection, Iterable) else [selection]
+    chosen = [thing for item in items for thing in (registry.select(kind, item) if isinstance(item, str) else [item])]
+    if not chosen:
+        raise UserError(f"{kind}: expected at least one, got none")
+    repeated = [item.label for i, item in enumerate(chosen) if item in chosen[:i]]
+    if repeated:
+        raise UserError(f"{kind}: the same run is asked for twice: {repeated[0]}")
+    return chosen
+
+
+def _statuses(retry: Iterable[str]) -> frozenset[str]:
+    known = [status for status in STATUSES if status not in ("ok", "skipped")]
+    for status in retry:
+        if status not in known:
+            raise UserError(unknown("status to retry", status, known))
+    return frozenset(retry)
+
+
+def find_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise UserError(unknown("device", name, ["auto", "cpu", "cuda"]))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device 'cuda' is not available on this machine; use --device cpu or auto")
+    return torch.device(name)
+
+
+def find_dtype(precision: str) -> torch.dtype:
+    if precision not in get_args(Precision):
+        raise UserError(unknown("precision", precision, get_args(Precision)))
+    return getattr(torch, precision)
+
+
+def stored_job(registry: Registry, facts: Facts, device: torch.device) -> Job | None:
+    """The job that a store's facts speak of, or None if it would be another job today."""
+    try:
+        method = registry.prototype("methods", facts["method"])
+        problem = registry.prototype("problems", facts["problem_name"])
+        job = Job(
+            dataclasses.replace(problem, **facts["problem_config"]),
+            dataclasses.replace(method, **json.loads(facts["config"])),
+            facts["seed"],
+            Budget.parse(facts["budget"]),
+            device,
+            facts["precision"],
+            facts["step_mode"],
+            registry.plugin_of("methods", method),
+            fitted_on=facts["device"],
+        )
+    except (UserError, TypeError) as error:
+        log.warning("job %s is left out: %s", facts["job_id"], error)
+        return None
+    if job.job_id != facts["job_id"]:
+        log.warning("job %s (%s on %s) is left out: its sources or data have changed since it was fitted",
+                    facts["job_id"], facts["method"], facts["problem"])  # fmt: skip
+        return None
+    return job

@@ -1,0 +1,264 @@
+"""Jobs, keys, streams and the store, through the Python interface."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+import harness
+from harness.comparison import evaluate, plan
+from harness.options import UserError
+from harness.record import COLUMNS, TIMING_COLUMNS
+from harness.store import Store
+from harness.training import Modules, Noise
+
+METHODS = "avb[noise_dim=4],vae"
+SMALL = {"problems": "four-points", "seeds": 2, "budget": "steps=30", "evaluators": "exact,reconstruction"}
+
+
+def results(records: pd.DataFrame) -> pd.DataFrame:
+    """What must be the same in two runs of the same jobs, whatever was run beside them."""
+    same = records.drop(columns=[*TIMING_COLUMNS, "run_id"])
+    return same.sort_values(["job_id", "evaluator", "metric"]).reset_index(drop=True)
+
+
+def test_records_follow_the_contract(tmp_path: Path) -> None:
+    records = harness.compare(METHODS, out=tmp_path, **SMALL)
+    assert list(records.columns) == COLUMNS
+    counts = records.groupby(["method", "seed", "metric"]).size()
+    assert (counts == 1).all()
+    assert {("avb", 1, "log_likelihood"), ("vae", 0, "reconstruction")} <= set(counts.index)
+    assert set(records["status"]) == {"ok"}
+    assert (records["fit_steps"] == 30).all()
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(tmp_path / "records.parquet")[COLUMNS].convert_dtypes(),
+        Store(tmp_path).records().convert_dtypes(),
+    )
+    assert list(pd.read_csv(tmp_path / "records.csv").columns) == COLUMNS
+    examples = pd.read_parquet(tmp_path / "examples.parquet")
+    means = examples.groupby(["job_id", "metric"])["value"].mean()
+    for _, record in records.iterrows():
+        assert means[record["job_id"], record["metric"]] == pytest.approx(record["value"], abs=1e-12)
+
+
+def test_every_method_has_the_same_spec_and_decoder(tmp_path: Path) -> None:
+    records = harness.compare(METHODS, out=tmp_path, **SMALL)
+    assert records["spec_hash"].nunique() == 1
+    assert records["decoder_parameters"].nunique() == 1
+
+
+def test_same_command_in_two_folders_gives_the_same_results(tmp_path: Path) -> None:
+    first = harness.compare(METHODS, out=tmp_path / "a", **SMALL)
+    second = harness.compare(METHODS, out=tmp_path / "b", **SMALL)
+    columns = [column for column in COLUMNS if column not in TIMING_COLUMNS]
+    pd.testing.assert_frame_equal(first[columns], second[columns])
+
+
+def test_adding_a_method_changes_no_other_result_by_a_bit(tmp_path: Path) -> None:
+    alone = harness.compare("vae", out=tmp_path / "a", **SMALL)
+    beside = harness.compare("avb[noise_dim=4],vae,vae[lr=1e-2]", out=tmp_path / "b", **SMALL)
+    pd.testing.assert_frame_equal(results(alone), results(beside[beside["job_id"].isin(alone["job_id"])]))
+
+
+def test_what_is_done_is_not_done_again_whatever_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = harness.compare(METHODS, out=tmp_path, **SMALL)
+    monkeypatch.setattr("harness.comparison.run_job", lambda *a, **k: pytest.fail("a finished job was run again"))
+    again = harness.compare("vae,avb[noise_dim=4]", out=tmp_path, **SMALL)
+    pd.testing.assert_frame_equal(results(first), results(again))
+    assert all(job.done for job in plan(METHODS, out=tmp_path, **SMALL))
+
+
+def test_a_new_evaluator_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = harness.compare(METHODS, out=tmp_path, **SMALL)
+    monkeypatch.setattr("harness.job.fit_in_memory", lambda *a, **k: pytest.fail("trained again"))
+    measured = evaluate(tmp_path, "importance[samples=50]")
+    assert set(measured["job_id"]) == set(first["job_id"])
+    assert set(measured["evaluator"]) == {"importance"}
+    assert len(Store(tmp_path).records()) == len(first) + len(measured)
+
+
+def test_measuring_later_gives_what_measuring_at_once_gives(tmp_path: Path) -> None:
+    at_once = harness.compare(METHODS, out=tmp_path / "a", **SMALL)
+    harness.compare(METHODS, out=tmp_path / "b", **{**SMALL, "evaluators": "exact"})
+    later = evaluate(tmp_path / "b", "reconstruction")
+    expected = at_once[at_once["evaluator"] == "reconstruction"].set_index("job_id")["value"]
+    assert later.set_index("job_id")["value"].to_dict() == expected.to_dict()
+
+
+def test_fit_in_memory_and_loaded_fit_are_the_compared_fit(tmp_path: Path) -> None:
+    records = harness.compare("avb[noise_dim=4]", out=tmp_path, **SMALL)
+    loaded = harness.load(tmp_path, records["job_id"][0])
+    fitted = harness.fit("avb[noise_dim=4]", "four-points", seed=int(records["seed"][0]), budget="steps=30")
+    assert fitted.steps == 30
+    assert len(fitted.curve) >= 2
+    for name, tensor in fitted.state.items():
+        assert torch.equal(tensor, loaded.state[name]), name
+    x = harness.data("four-points").test
+    draws = [fit.posterior.sample(x, 3, torch.Generator().manual_seed(0)) for fit in (fitted, loaded)]
+    assert draws[0].shape == (3, 4, 2)
+    assert torch.equal(*draws)
+
+
+def test_seeds_differ(tmp_path: Path) -> None:
+    records = harness.compare("vae", out=tmp_path, **{**SMALL, "evaluators": "exact"})
+    assert records[records["metric"] == "log_likelihood"]["value"].nunique() == 2
+
+
+def test_options_and_budget_make_other_jobs(tmp_path: Path) -> None:
+    jobs = [
+        plan(methods, out=tmp_path, **{**SMALL, "seeds": [0], **changes})[0].job_id
+        for methods, changes in [
+            ("vae", {}),
+            ("vae[lr=2e-3]", {}),
+            ("vae", {"budget": "steps=31"}),
+            ("vae", {"seeds": [1]}),
+            ("vae", {"precision": "float64"}),
+            ("vae", {"problems": "four-points[width=32]"}),
+        ]
+    ]
+    assert len(set(jobs)) == len(jobs)
+    assert not list(tmp_path.iterdir()), "plan must write nothing"
+
+
+PLUGIN = """
+from dataclasses import dataclass
+import harness
+from harness_plugins.vae import VAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(VAE):
+    name: str = "{name}"
+
+
+@harness.hookimpl
+def harness_methods():
+    return [Mine()]
+"""
+
+
+def test_editing_a_plugin_makes_its_own_fits_stale_and_no_others(tmp_path: Path) -> None:
+    (tmp_path / "one.py").write_text(PLUGIN.format(name="one"))
+    (tmp_path / "two.py").write_text(PLUGIN.format(name="two"))
+    script = textwrap.dedent(
+        """
+        import json, sys
+        from harness.comparison import plan, compare
+        arguments = dict(problems="four-points", seeds=1, budget="steps=5", evaluators="exact", out="out")
+        action = compare if sys.argv[1] == "compare" else plan
+        done = action("one,two,vae", plugins=["one.py", "two.py"], **arguments)
+        if action is plan:
+            print(json.dumps({job.method: job.done for job in done}))
+        """
+    )
+
+    def run(action: str) -> str:
+        command = [sys.executable, "-c", script, action]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    run("compare")
+    assert json.loads(run("plan")) == {"one": True, "two": True, "vae": True}
+    with (tmp_path / "one.py").open("a") as file:
+        file.write("# an edit\n")
+    assert json.loads(run("plan")) == {"one": False, "two": True, "vae": True}
+
+
+# Jobs that do not end well
+
+
+def _vae_with(name: str, losses: object) -> object:
+    from harness_plugins.vae import VAE
+
+    @dataclass(frozen=True, kw_only=True)
+    class Bad(VAE):
+        pass
+
+    Bad.losses = losses
+    return Bad(name=name)
+
+
+def _raises(self: object, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+    raise RuntimeError("out of ideas")
+
+
+def _nan(self: object, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+    return {"negative_elbo": sum(p.sum() for p in modules.parameters()) * float("nan")}
+
+
+def test_bad_methods_become_rows_and_the_others_go_on(tmp_path: Path) -> None:
+    methods = [_vae_with("raising", _raises), "vae", _vae_with("nan", _nan)]
+    records = harness.compare(methods, out=tmp_path, **{**SMALL, "seeds": 1, "evaluators": "exact"})
+    status = records.set_index("method")["status"].to_dict()
+    assert status == {"raising": "failed", "vae": "ok", "nan": "diverged"}
+    reasons = records.set_index("method")["reason"]
+    assert "out of ideas" in reasons["raising"]
+    assert re.search(r"nan .*step", reasons["nan"])
+    job_id = records.set_index("method")["job_id"]["raising"]
+    assert "out of ideas" in (tmp_path / "jobs" / f"{job_id}.traceback.txt").read_text()
+
+
+def test_failed_jobs_are_tried_again_only_when_asked(tmp_path: Path) -> None:
+    arguments = {**SMALL, "seeds": 1, "evaluators": "exact", "out": tmp_path}
+    method = _vae_with("raising", _raises)
+    harness.compare([method], **arguments)
+    assert plan([method], **arguments)[0].done
+    assert not plan([method], **arguments, retry=["failed"])[0].done
+
+
+def test_a_method_unfit_for_a_problem_is_skipped_with_its_reason(tmp_path: Path) -> None:
+    from harness_plugins.vae import VAE
+
+    @dataclass(frozen=True, kw_only=True)
+    class Choosy(VAE):
+        name: str = "choosy"
+
+        def unfit(self, view: object) -> str:
+            return "only likes five points"
+
+    records = harness.compare([Choosy()], out=tmp_path, **SMALL)
+    assert set(records["status"]) == {"skipped"}
+    assert set(records["reason"]) == {"only likes five points"}
+
+
+def test_an_undefined_evaluator_gives_a_skipped_row(tmp_path: Path) -> None:
+    records = harness.compare("avb", out=tmp_path, **{**SMALL, "seeds": 1, "evaluators": "elbo,exact"})
+    assert records.set_index("evaluator")["status"].to_dict() == {"elbo": "skipped", "exact": "ok"}
+    assert "density" in records.set_index("evaluator")["reason"]["elbo"]
+
+
+@pytest.mark.parametrize("delay", [0.5, 2.0, 4.0])
+def test_kill_at_any_instant_leaves_a_store_that_goes_on(tmp_path: Path, delay: float) -> None:
+    script = (
+        "import harness; harness.compare('vae', 'four-points', 40, budget='steps=100', evaluators='exact', out='out')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1.5 + delay)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    store = Store(tmp_path / "out")
+    done = set(store.job_ids()) if store.exists() else set()
+    records = harness.compare("vae", "four-points", 2, budget="steps=100", evaluators="exact", out=tmp_path / "out")
+    assert set(records["status"]) == {"ok"}
+    assert done <= set(store.job_ids())
+    assert not np.isnan(records["value"].astype(float)).any()
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    records = harness.compare("vae", out=tmp_path, **{**SMALL, "seeds": 1})
+    (tmp_path / "fits" / records["job_id"][0] / "state.safetensors").write_bytes(b"garbage")
+    with pytest.raises(UserError, match="state.safetensors is damaged"):
+        harness.load(tmp_path, records["job_id"][0])
