@@ -1,8 +1,12 @@
-"""Estimators that evaluators share: streamed log-mean-exp, and the start distribution that is the same for all methods."""
+"""Estimators that evaluators share: means and log-mean-exps in constant memory, and the proposal that scores all alike.
+
+Shapes: S samples, N observations (B in one block), D latent dimensions, E event shape of one observation.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +15,70 @@ from torch import Tensor
 from harness.model import LatentModel, log_normal
 from harness.posterior import Posterior
 
+# A block's size follows from that of an observation alone, never from the machine: noise is drawn block by block, so that
+# another size would give other draws. 2^21 elements are 8 MiB in float32, about what a processor's cache holds.
+BLOCK_ELEMENTS = 2**21
+BLOCK_OBSERVATIONS = 64
+SMALLEST_EVENT = 256  # networks of small observations are wider than the observations
+
+
+def observation_blocks(x: Tensor) -> tuple[Tensor, ...]:
+    """Observations in blocks of bounded memory: (N, *E) -> several of (B, *E)."""
+    return x.split(min(BLOCK_OBSERVATIONS, _pairs(x)))
+
+
+def sample_blocks(x: Tensor, samples: int) -> Iterator[int]:
+    """Sizes that add up to exactly ``samples``, each small enough to be drawn at once for a block of observations."""
+    size = max(1, _pairs(x) // len(x))
+    for start in range(0, samples, size):
+        yield min(size, samples - start)
+
+
+def _pairs(x: Tensor) -> int:
+    return max(1, BLOCK_ELEMENTS // max(x[0].numel(), SMALLEST_EVENT))
+
+
+class StreamedMean:
+    """Mean, standard deviation and standard error over the first axis, in constant memory.
+
+    Merges the moments of one block after another in float64 (Chan, Golub, LeVeque 1983, Eq. 1.5).
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._mean = self._squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, values: Tensor) -> None:
+        """Add values of shape (S, ...)."""
+        values = values.double()
+        n, mean = len(values), values.mean(0)
+        change = mean - self._mean.to(mean.device)
+        self._squares = (
+            self._squares.to(mean.device)
+            + (values - mean).square().sum(0)
+            + change.square() * (self.n * n / (self.n + n))
+        )
+        self.n += n
+        self._mean = self._mean.to(mean.device) + change * (n / self.n)
+
+    def value(self) -> Tensor:
+        """Shape (...).
+
+        Raises:
+            ValueError: If nothing was added.
+        """
+        if self.n == 0:
+            raise ValueError("no values were added")
+        return self._mean
+
+    def sd(self) -> Tensor:
+        """Standard deviation of the values, shape (...); nan for a single one."""
+        return torch.sqrt(self._squares / (self.n - 1)) if self.n > 1 else torch.full_like(self._mean, math.nan)
+
+    def stderr(self) -> Tensor:
+        """Standard error of `value`, shape (...); nan for a single value."""
+        return self.sd() / math.sqrt(self.n)
+
 
 class StreamedLogMeanExp:
     r"""log (1/S) sum_s w_s in constant memory, with its delta-method error and the effective sample size.
@@ -18,7 +86,7 @@ class StreamedLogMeanExp:
     .. math:: \hat\sigma^2(\log \bar w) = \frac{1}{S} \frac{\operatorname{Var}(w)}{\bar w^2},
               \quad \mathrm{ESS} = (\textstyle\sum w)^2 / \sum w^2
 
-    Sums are kept in float64 relative to the running maximum.
+    Sums are kept as logarithms in float64. A weight of zero (log w = -inf) counts as a sample.
     """
 
     def __init__(self) -> None:
@@ -54,25 +122,56 @@ class StreamedLogMeanExp:
         return torch.sqrt(relative_variance / self.n)
 
 
+def posterior_means(
+    x: Tensor, samples: int, terms: Callable[[Tensor, int], Mapping[str, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Means over exactly ``samples`` draws per observation, with their standard errors, in constant memory.
+
+    Args:
+        x: Observations, shape (N, *E).
+        terms: Draws n latents for each observation of a block and returns named values: (B, *E), n -> each (n, B).
+
+    Returns:
+        For each name the means and their standard errors, both of shape (N,), float64.
+    """
+    parts: dict[str, list[StreamedMean]] = {}
+    for block in observation_blocks(x):
+        means: dict[str, StreamedMean] = {}
+        for n in sample_blocks(block, samples):
+            for name, values in terms(block, n).items():
+                means.setdefault(name, StreamedMean()).add(values)
+        for name, mean in means.items():
+            parts.setdefault(name, []).append(mean)
+    return {
+        name: (torch.cat([mean.value() for mean in means]), torch.cat([mean.stderr() for mean in means]))
+        for name, means in parts.items()
+    }
+
+
 def posterior_moments(posterior: Posterior, x: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of q(z|x) from ``n`` of its samples: x (N, *E) -> two of (N, D)."""
-    z = posterior.sample(x, n, generator)
-    sd, mean = torch.std_mean(z, dim=0)
-    return mean, sd.clamp(min=1e-4)
+    """Mean and standard deviation of q(z|x) from exactly ``n`` of its samples: a block x (B, *E) -> two of (B, D).
+
+    Standard deviations below 1e-4 are raised to it: a posterior that has collapsed to a point still gives a density.
+    """
+    moments = StreamedMean()
+    for size in sample_blocks(x, n):
+        moments.add(posterior.sample(x, size, generator))
+    return moments.value().to(x.dtype), moments.sd().to(x.dtype).clamp(min=1e-4)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DefensiveProposal:
     r"""The proposal that scores every method alike: the posterior's per-x Gaussian, widened, mixed with the prior.
 
     .. math:: r(z|x) = (1 - \alpha)\, N(z; m(x), (c\, s(x))^2) + \alpha\, p(z)
 
-    The prior part bounds the weights p(x, z)/r(z|x) by p(x|z)/alpha (defensive mixture: Hesterberg 1995).
+    The prior part bounds the weights p(x, z)/r(z|x) by p(x|z)/alpha (defensive mixture: Hesterberg 1995,
+    https://doi.org/10.1080/00401706.1995.10484303).
 
     Args:
         mean, sd: Moments of q(z|x), shape (N, D).
         widening: The factor c.
-        prior_weight: The mixture weight alpha.
+        prior_weight: The mixture weight alpha, in [0, 1).
     """
 
     model: LatentModel
@@ -96,7 +195,5 @@ class DefensiveProposal:
         log_gaussian = log_normal(z, self.mean, torch.log(self.widening * self.sd))
         if self.prior_weight == 0:
             return log_gaussian
-        return torch.logaddexp(
-            math.log1p(-self.prior_weight) + log_gaussian if self.prior_weight < 1 else log_gaussian - math.inf,
-            math.log(self.prior_weight) + self.model.log_prior(z),
-        )
+        log_prior = self.model.log_prior(z)
+        return torch.logaddexp(math.log1p(-self.prior_weight) + log_gaussian, math.log(self.prior_weight) + log_prior)
