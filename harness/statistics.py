@@ -1,0 +1,317 @@
+r"""What records say: numbers over seeds with their errors, paired differences, and what may be ranked.
+
+A paired difference is the mean of :math:`d_{si}`, the log p(x_i) of one method less that of another, over S seeds and
+N test observations. With :math:`d_{si} = \mu + a_s + b_i + e_{si}`, where e holds the interaction and the estimator's
+noise,
+
+.. math:: se^2 = \underbrace{\operatorname{Var}_s(\bar d_{s\cdot}) / S}_{\sigma_a^2/S + \sigma_e^2/(SN)}
+               + \underbrace{\operatorname{Var}_i(\bar d_{\cdot i}) / N}_{\sigma_b^2/N + \sigma_e^2/(SN)},
+
+which counts e twice and is therefore conservative. The estimator's noise is inside both parts where it is independent
+over seeds and observations, so it is not added again. Where the test split is the whole population, b has no sampling
+error and the second part is replaced by the estimator's own standard error (taken as common to all seeds).
+
+"Beyond the noise" means more than two standard errors, or what Student's t makes of two for the number of seeds at hand
+(Welch 1947, Satterthwaite 1946: https://doi.org/10.2307/3002019): 4.5 for three seeds when their spread dominates.
+"""
+
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import special
+
+Array = NDArray[np.float64]
+Row = Mapping[str, Any]
+"""One record; what is missing is None."""
+
+DENSITY_RATIO = "density ratio"
+KINDS = (
+    "exact", "unbiased", "lower bound", "stochastic lower bound", "stochastic upper bound", "consistent", DENSITY_RATIO,
+)  # fmt: skip
+STANDARD_ERRORS = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A number over seeds: its mean and its standard deviation (nan for one seed)."""
+
+    value: float
+    spread: float
+    seeds: int
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Of one value a seed, at least one."""
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return Spread(value=float(np.mean(values)), spread=deviation, seeds=len(values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate(Spread):
+    """A metric over seeds.
+
+    Args:
+        stderr: The estimator's standard error of the mean over seeds (independent over seeds).
+        stderr_test: The standard error from the choice of test observations; seeds share them, so it does not shrink
+            with their number. 0 where the test split is the whole population; nan where unknown.
+        n_observations: The numbers of observations that the seeds' values are means of; usually one number.
+        settings: JSON texts, one a seed.
+    """
+
+    metric: str
+    evaluator: str
+    kind: str
+    bounds: str
+    unit: str
+    stderr: float
+    stderr_test: float
+    n_observations: tuple[int, ...]
+    settings: tuple[str, ...] = ()
+    bits_per_dim: float = math.nan
+
+    @property
+    def exhaustive(self) -> bool:
+        return self.stderr_test == 0
+
+
+@dataclass(frozen=True, eq=False)
+class Values:
+    """A metric per observation: index in the test split (ascending, unique), value and estimator's standard error."""
+
+    index: NDArray[np.int64]
+    value: Array
+    stderr: Array
+
+    def at(self, index: NDArray[np.int64]) -> Values:
+        """The values of some of the observations."""
+        where = np.searchsorted(self.index, index)
+        return Values(index, self.value[where], self.stderr[where])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """A paired difference, in nats per observation; see the module's docstring.
+
+    Args:
+        stderr_seeds: nan for one seed: the spread over seeds is then unknown and not in `stderr`.
+        stderr_test: 0 where the test split is the whole population.
+        stderr_estimator: From the estimator's own errors, with no credit for the number of seeds.
+        per_seed: The mean difference of each seed that both have.
+    """
+
+    value: float
+    stderr_seeds: float
+    stderr_test: float
+    stderr_estimator: float
+    per_seed: Mapping[int, float] = field(default_factory=dict[int, float])
+    n_observations: int = 0
+
+    @property
+    def stderr(self) -> float:
+        return math.hypot(0.0 if self.one_seed else self.stderr_seeds, self.stderr_test or self.stderr_estimator)
+
+    @property
+    def one_seed(self) -> bool:
+        return len(self.per_seed) == 1
+
+    @property
+    def degrees_of_freedom(self) -> float:
+        """Welch-Satterthwaite: few seeds count for few, unless the test set's noise dominates."""
+        seeds = self.stderr_seeds**4 / (len(self.per_seed) - 1) if len(self.per_seed) > 1 else 0.0
+        test = self.stderr_test**4 / (self.n_observations - 1) if self.n_observations > 1 else 0.0
+        return self.stderr**4 / (seeds + test) if seeds + test > 0 else math.inf
+
+    @property
+    def margin(self) -> float:
+        """What the difference has to exceed: two standard errors, more for few seeds."""
+        freedom = min(self.degrees_of_freedom, 1e6)
+        return float(special.stdtrit(freedom, special.ndtr(STANDARD_ERRORS))) * self.stderr
+
+    @property
+    def beyond_noise(self) -> bool:
+        """Never for a single seed."""
+        return not self.one_seed and abs(self.value) > self.margin
+
+
+def paired_difference(
+    first: Mapping[int, Values], second: Mapping[int, Values], *, exhaustive: bool = False
+) -> Difference | None:
+    """The first method less the second, over the seeds and observations that both have; None if there are none.
+
+    Args:
+        first, second: Values per observation of each seed.
+        exhaustive: The test split is the whole population.
+    """
+    seeds = sorted(first.keys() & second.keys())
+    if not seeds:
+        return None
+    index = functools.reduce(np.intersect1d, [values[seed].index for seed in seeds for values in (first, second)])
+    if len(index) == 0:
+        return None
+    pairs = [(first[seed].at(index), second[seed].at(index)) for seed in seeds]
+    differences = np.stack([a.value - b.value for a, b in pairs])
+    variances = np.stack([a.stderr**2 + b.stderr**2 for a, b in pairs])
+    by_seed = differences.mean(axis=1)
+    return Difference(
+        value=float(differences.mean()),
+        stderr_seeds=_standard_error(by_seed),
+        stderr_test=0.0 if exhaustive else _standard_error(differences.mean(axis=0)),
+        stderr_estimator=float(np.sqrt(variances.mean(axis=0).sum()) / len(index)),
+        per_seed=dict(zip(seeds, by_seed.tolist(), strict=True)),
+        n_observations=len(index),
+    )
+
+
+def _standard_error(values: Array) -> float:
+    """Of the mean of independent values; nan for one."""
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def excess(upper: Values, lower: Values) -> bool:
+    """Whether ``upper`` is above ``lower`` by more than two combined estimator errors, on the observations of both.
+
+    For a bound and what it bounds: the inequality holds for every observation, so the test set's noise does not matter.
+    """
+    index = np.intersect1d(upper.index, lower.index)
+    if len(index) == 0:
+        return False
+    a, b = upper.at(index), lower.at(index)
+    stderr = math.sqrt(float((a.stderr**2 + b.stderr**2).sum())) / len(index)
+    rounding = 1e-5 * max(1.0, float(np.abs(b.value).mean()))  # float32 sums, where both errors are zero
+    return float((a.value - b.value).mean()) > STANDARD_ERRORS * stderr + rounding
+
+
+# Records
+
+
+def rows(records: pd.DataFrame) -> list[Row]:
+    """The records one by one, with None for whatever way pandas has to say missing."""
+    present = records.astype(object).where(records.notna(), None)
+    return [dict(zip(present.columns, line, strict=True)) for line in present.itertuples(index=False, name=None)]
+
+
+_IDENTITY = ("problem", "method", "config", "seed", "budget", "precision", "step_mode", "device")
+
+
+def identity(row: Row) -> tuple[Any, ...]:
+    """What a job is to a reader, whatever version of the sources it ran with."""
+    return tuple(row[column] for column in _IDENTITY)
+
+
+def latest(records: Sequence[Row]) -> tuple[list[Row], dict[tuple[Any, ...], int]]:
+    """The newest job of each identity, and how many older ones of it were left out."""
+    jobs: dict[tuple[Any, ...], dict[str, str]] = {}
+    for row in records:
+        jobs.setdefault(identity(row), {})[row["job_id"]] = row["started_at"] or ""
+    newest = {key: max(found, key=lambda job: (found[job], job)) for key, found in jobs.items()}
+    older = {key: len(found) - 1 for key, found in jobs.items() if len(found) > 1}
+    return [row for row in records if row["job_id"] == newest[identity(row)]], older
+
+
+def measured(records: Sequence[Row]) -> list[Row]:
+    """The records that hold a finite number."""
+    return [row for row in records if row["status"] == "ok" and row["metric"] and math.isfinite(_number(row, "value"))]
+
+
+def _number(row: Row, column: str) -> float:
+    return math.nan if row[column] is None else float(row[column])
+
+
+def over_seeds(records: Sequence[Row]) -> Estimate:
+    """One metric of one method by one evaluator, from the records of its seeds (at least one)."""
+    first, n = records[0], len(records)
+    basic = spread([_number(row, "value") for row in records])
+    return Estimate(
+        value=basic.value,
+        spread=basic.spread,
+        seeds=n,
+        metric=first["metric"],
+        evaluator=first["evaluator"],
+        kind=first["kind"] or "",
+        bounds=first["bounds"] or "",
+        unit=first["unit"] or "",
+        stderr=math.sqrt(sum(_number(row, "stderr") ** 2 for row in records)) / n,
+        stderr_test=float(np.mean([_number(row, "stderr_test") for row in records])),
+        n_observations=tuple(sorted({int(row["n_observations"] or 0) for row in records})),
+        settings=tuple(row["settings"] or "{}" for row in records),
+        bits_per_dim=float(np.mean([_number(row, "bits_per_dim") for row in records])),
+    )
+
+
+def estimates(records: Sequence[Row]) -> list[Estimate]:
+    """Every metric of one method, by evaluator and kind; at most one record of a seed counts in each."""
+    groups: dict[tuple[str, str, str], dict[int, Row]] = {}
+    for row in sorted(measured(records), key=_precision):
+        groups.setdefault((row["metric"], row["evaluator"], row["kind"]), {}).setdefault(int(row["seed"]), row)
+    return [over_seeds([group[seed] for seed in sorted(group)]) for _, group in sorted(groups.items())]
+
+
+def _precision(row: Row) -> tuple[Any, ...]:
+    """Sorts repeated measurements of one thing: most observations first, then the smallest error."""
+    return (-int(row["n_observations"] or 0), row["stderr"] or 0.0, row["settings"] or "")
+
+
+def choose(candidates: Sequence[Estimate], metrics: Sequence[str]) -> Estimate | None:
+    """What to show for a quantity that has several names: no density ratio if anything else is there."""
+
+    def merit(found: Estimate) -> tuple[Any, ...]:
+        ratio = found.kind == DENSITY_RATIO
+        return ratio, metrics.index(found.metric), -found.seeds, _rank(found.kind), found.evaluator
+
+    return min((found for found in candidates if found.metric in metrics), key=merit, default=None)
+
+
+def _rank(kind: str) -> int:
+    return KINDS.index(kind) if kind in KINDS else len(KINDS)
+
+
+def log_likelihood_estimator(methods: Sequence[Sequence[Estimate]]) -> str | None:
+    """The one evaluator whose log-likelihood is shown for all methods.
+
+    The one that has measured most methods; among those an exact one, then the one with most seeds, most observations
+    and the smallest error.
+
+    Args:
+        methods: The estimates of each method.
+    """
+    found: dict[str, list[Estimate]] = {}
+    covered: dict[str, set[int]] = {}
+    for i, method in enumerate(methods):
+        for estimate in (estimate for estimate in method if estimate.metric == "log_likelihood"):
+            found.setdefault(estimate.evaluator, []).append(estimate)
+            covered.setdefault(estimate.evaluator, set()).add(i)
+
+    def merit(evaluator: str) -> tuple[Any, ...]:
+        mine = found[evaluator]
+        return (
+            -len(covered[evaluator]),
+            max(_rank(estimate.kind) for estimate in mine),
+            -sum(estimate.seeds for estimate in mine),
+            -min(estimate.n_observations[0] for estimate in mine),
+            sum(estimate.stderr for estimate in mine),
+            evaluator,
+        )
+
+    return min(found, key=merit, default=None)
+
+
+def values_per_observation(examples: pd.DataFrame) -> dict[tuple[str, str, str], Values]:
+    """Values by (job_id, evaluator, metric); left out are those that hold an observation twice: no pairing is right."""
+    found: dict[tuple[str, str, str], Values] = {}
+    for key, table in examples.groupby(["job_id", "evaluator", "metric"], sort=False):
+        job_id, evaluator, metric = (str(part) for part in cast(tuple[object, ...], key))
+        index: NDArray[np.int64] = np.asarray(cast(Any, table["index"]), dtype=np.int64)
+        value, stderr = (np.asarray(cast(Any, table[column]), dtype=np.float64) for column in ("value", "stderr"))
+        order = np.argsort(index, kind="stable")
+        if len(np.unique(index)) == len(index):
+            found[job_id, evaluator, metric] = Values(index[order], value[order], stderr[order])
+    return found
