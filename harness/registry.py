@@ -118,7 +118,7 @@ class Registry:
 
     def plugin_of(self, kind: str, thing: Configurable) -> Plugin:
         """Where a method, problem ... comes from; one made in Python need not come from a plugin."""
-        provided = getattr(self, kind).get(thing.name)
+        provided = getattr(self, kind).get(thing.name.partition(":")[0])
         if provided is None or type(provided.thing) is not type(thing):
             return Plugin(thing.name, "not a plugin", "")
         return provided.plugin
