@@ -1,0 +1,130 @@
+"""The command `harness`: its commands, and what becomes of mistakes, interrupts and warnings."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import TextIO
+
+import click
+
+from harness.cli.comparing import compare, evaluate, plan, report
+from harness.cli.data import data
+from harness.cli.listing import list_things
+from harness.cli.parsing import StrictGroup, explained
+from harness.cli.showing import show
+
+INTERRUPTED = 130
+PIPE_CLOSED = 141
+USER_MISTAKE = 2
+
+
+def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        click.echo(f"harness {version('inference-harness')}")
+        context.exit()
+
+
+@click.group(cls=StrictGroup, invoke_without_command=True)
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show it.")
+@click.pass_context
+def app(context: click.Context) -> None:
+    """Compare inference methods for latent-variable models: same data, same decoder, same budget, same estimators.
+
+    \b
+    harness compare --methods avb,vae      fit, measure, print a table
+    harness list methods                   what there is
+    harness show avb                       what it is, and its options
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+for command in (compare, plan, evaluate, report, list_things, show, data):
+    app.add_command(command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code.
+
+    0: all is well (jobs ok or skipped); 1: some job failed; 2: a mistake of the user's, told in one line on stderr.
+    """
+    try:
+        with _plain_warnings():
+            code = _run(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        click.echo("harness: interrupted; finished jobs are kept, and the same command goes on from there", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader has gone (`harness list methods | head`): Python must not flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except Exception as error:
+        message = _mistake(error)
+        if message is None:
+            raise
+        click.echo(f"harness: error: {' '.join(message.split())}", err=True)
+        return USER_MISTAKE
+    return code
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
+        with app.make_context("harness", list(arguments)) as context:
+            return app.invoke(context) or 0
+    except click.exceptions.Exit as leave:
+        return leave.exit_code
+
+
+def _mistake(error: Exception) -> str | None:
+    """What to tell the user whose mistake it is; None if it is ours."""
+    from harness.options import UserError
+
+    problem = sys.modules.get("harness.problem")  # without it there are no data that could be wrong
+    if isinstance(error, click.ClickException):
+        return explained(error)
+    if isinstance(error, UserError) or (problem and isinstance(error, problem.DataError)):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror or error}"
+    return None
+
+
+@contextmanager
+def _plain_warnings() -> Generator[None]:
+    """Warnings and log messages are one line each on stderr."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        ours = category.__module__.partition(".")[0] == "harness"
+        _warn(str(message) if ours else f"{message} ({category.__name__}, {filename}:{lineno})")
+
+    log, handler = logging.getLogger("harness"), _LogToStderr(logging.WARNING)
+    log.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = show
+            yield
+    finally:
+        log.removeHandler(handler)
+
+
+class _LogToStderr(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _warn(record.getMessage())
+
+
+def _warn(message: str) -> None:
+    click.echo(f"harness: warning: {' '.join(message.split())}", err=True)

@@ -1,0 +1,139 @@
+"""The commands that run, measure and report comparisons."""
+
+# pyright: reportMissingTypeStubs=false
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import click
+
+from harness.cli.parsing import StrictCommand
+from harness.cli.suite import Arguments, comparison_options, plugin_option
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from harness.comparison import PlannedJob
+    from harness.store import Store
+
+
+@click.command(cls=StrictCommand)
+@comparison_options
+def compare(asked: Arguments) -> int:
+    """Fit every method to every problem from every seed, measure all fits alike, print a table.
+
+    What the folder of results has already is not done again. Exit code 1 if a job failed.
+    """
+    from harness import comparison
+    from harness.cli.progress import shown
+    from harness.store import Store
+
+    records = comparison.compare(**asked, progress=shown())
+    order: list[str] = records["job_id"].tolist()
+    return _conclude(records, Store(asked.get("out", comparison.DEFAULT_OUT)), order)
+
+
+@click.command(cls=StrictCommand)
+@comparison_options
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+def plan(asked: Arguments, as_json: bool) -> int:
+    """Show every job of a comparison, done or not; run none.
+
+    Takes the options of `compare`.
+    """
+    from harness import comparison
+
+    jobs = comparison.plan(**asked)
+    if as_json:
+        click.echo(json.dumps([_as_json(job) for job in jobs], indent=1))
+    else:
+        _print_plan(jobs)
+    return 0
+
+
+@click.command(cls=StrictCommand)
+@click.argument("folder", metavar="DIR")
+@click.option("--evaluators", metavar="NAMES", required=True, help="Evaluators: 'importance[samples=10000],elbo'.")
+@click.option("--device", metavar="NAME", default="auto", help="auto, cpu or cuda.  [default: auto]")
+@plugin_option
+def evaluate(folder: str, evaluators: str, device: str, plugin: tuple[str, ...]) -> int:
+    """Measure the stored fits of DIR by further evaluators; train nothing."""
+    from harness import comparison
+    from harness.cli.progress import shown
+    from harness.options import UserError
+    from harness.store import Store
+
+    records = comparison.evaluate(folder, evaluators, device=device, plugins=plugin, progress=shown())
+    if records.empty:
+        raise UserError(
+            f"{folder!r} has no stored fit that can be measured; `harness compare --out {folder}` makes them"
+        )
+    return _conclude(records, Store(folder))
+
+
+@click.command(cls=StrictCommand)
+@click.argument("folder", metavar="DIR")
+def report(folder: str) -> int:
+    """Print the tables of DIR and write a report with figures into it; nothing is computed anew."""
+    from harness.cli.console import output
+    from harness.options import UserError
+    from harness.report.markdown import write_report
+    from harness.report.terminal import print_tables
+    from harness.store import Store
+
+    store = Store.open(folder)
+    records = store.records()
+    if records.empty:
+        raise UserError(f"{folder!r} has no results yet; `harness compare --out {folder}` makes them")
+    print_tables(records, store.examples(), output())
+    click.echo(f"report: {write_report(store, store.path / 'report')}")
+    return 0
+
+
+def _conclude(records: pd.DataFrame, store: Store, job_order: Sequence[str] = ()) -> int:
+    """Print the tables, where everything is, and what failed; returns the exit code."""
+    from harness import statistics
+    from harness.cli.console import output
+    from harness.report.terminal import print_tables
+
+    print_tables(records, store.examples(), output(), job_order)
+    click.echo(f"records: {store.path / 'records.csv'}")
+    click.echo(f"report:  harness report {store.path}")
+    failed = [row for row in statistics.rows(records) if row["status"] not in ("ok", "skipped")]
+    for row in failed:
+        by = f", evaluator {row['evaluator']}" if row["evaluator"] else ""
+        what = f"{row['method']} on {row['problem']}, seed {row['seed']}{by} (job {row['job_id']})"
+        click.echo(f"harness: {row['status']}: {what}: {' '.join(str(row['reason']).split())}", err=True)
+    if failed:
+        statuses = ",".join(sorted({row["status"] for row in failed}))
+        click.echo(f"harness: `harness compare` with --retry {statuses} tries these again", err=True)
+    return 1 if failed else 0
+
+
+def _as_json(job: PlannedJob) -> dict[str, object]:
+    facts = {field.name: getattr(job, field.name) for field in dataclasses.fields(job) if field.name != "waiting"}
+    return {**facts, "missing": list(job.missing), "done": job.done}
+
+
+def _print_plan(jobs: list[PlannedJob]) -> None:
+    from harness.cli.console import print_table
+
+    rows = [
+        (job.problem, job.label, str(job.seed), job.budget, _state(job), ", ".join(job.missing), job.job_id)
+        for job in jobs
+    ]
+    print_table(("problem", "method", "seed", "budget", "state", "not measured by", "job"), rows)
+    to_fit = sum(not job.status for job in jobs)
+    done = sum(job.done for job in jobs)
+    click.echo(f"{len(jobs)} jobs: {done} done, {to_fit} to fit, {len(jobs) - done - to_fit} to measure")
+
+
+def _state(job: PlannedJob) -> str:
+    if not job.status:
+        return "to fit"
+    if not job.done:
+        return "to measure"
+    return "done" if job.status == "ok" else f"done ({job.status})"

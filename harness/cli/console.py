@@ -1,0 +1,42 @@
+"""Where to print: tables to stdout, progress to stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+WIDE = 160
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        raise BrokenPipeError
+
+
+def output() -> Console:
+    """Stdout; where it is no terminal, wide enough for tables not to be cut."""
+    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return _Console(file=sys.stdout, width=WIDE if wide else None)
+
+
+def progress_output() -> Console:
+    """Stderr."""
+    return _Console(file=sys.stderr)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> None:
+    """Print texts as they are (brackets are no markup); columns that are empty in every row are left out."""
+    filled = [list(row) for row in rows]
+    kept = [i for i in range(len(columns)) if any(row[i] for row in filled)]
+    table = Table(box=None, pad_edge=False, title=title or None, title_justify="left", header_style="bold")
+    for i in kept:
+        table.add_column(columns[i], overflow="fold")
+    for row in filled:
+        table.add_row(*[Text(row[i]) for i in kept])
+    output().print(table)

@@ -1,0 +1,178 @@
+"""Progress of a comparison on stderr: live bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import click
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from harness.cli.console import progress_output
+from harness.comparison import PlannedJob, Progress
+
+PLAIN_SECONDS = 10.0
+"""Seconds between two lines about the same fit."""
+WIDE = 100
+"""Columns from which on there is room for bars."""
+
+
+@dataclass
+class Tally:
+    """Where the work stands, and how long it will take if it goes on as it has."""
+
+    now: Callable[[], float] = time.monotonic
+    jobs: int = 0
+    finished: int = 0
+    job: str = ""
+    fraction: float = 0.0
+    step: int = 0
+    objective: float = math.nan
+    seconds: float = 0.0
+    evaluator: str = ""
+    began: float = 0.0
+    job_began: float = 0.0
+
+    def start(self, jobs: int) -> None:
+        self.jobs, self.finished, self.began = jobs, 0, self.now()
+
+    def start_job(self, job: PlannedJob) -> None:
+        self.job, self.evaluator, self.job_began = f"{job.label} on {job.problem}, seed {job.seed}", "", self.now()
+        self.fraction, self.step, self.objective, self.seconds = 0.0, 0, math.nan, 0.0
+
+    def advance(self, fraction: float, step: int, objective: float, seconds: float) -> None:
+        self.fraction, self.step, self.objective, self.seconds = fraction, step, objective, seconds
+
+    def finish_job(self) -> None:
+        self.finished, self.fraction = self.finished + 1, 0.0
+
+    @property
+    def done(self) -> float:
+        """Jobs, the current one in part."""
+        return self.finished + self.fraction
+
+    def job_left(self) -> str:
+        """Remaining time of the current fit."""
+        return clock(self.seconds * (1 - self.fraction) / self.fraction if self.fraction else math.nan)
+
+    def all_left(self) -> str:
+        """Remaining time of all jobs."""
+        return clock((self.now() - self.began) * (self.jobs - self.done) / self.done if self.done else math.nan)
+
+    def job_seconds(self) -> str:
+        return clock(self.now() - self.job_began)
+
+    def fit_facts(self) -> list[str]:
+        """What there is to say of the current fit."""
+        if self.evaluator:
+            return [f"measuring: {self.evaluator}"]
+        if not self.step:
+            return ["starting"]
+        speed = f"{self.step / self.seconds:,.0f} steps/s" if self.seconds else ""
+        facts = [f"{self.fraction:.0%}", f"objective {self.objective:.3f}", f"{self.job_left()} left", speed]
+        return [fact for fact in facts if fact]
+
+
+def clock(seconds: float) -> str:
+    """``0:07``, ``12:34`` or ``1:02:03``; ``?`` when it cannot be told."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+@dataclass
+class PlainProgress:
+    """A line when a job starts, one when it ends, and in between one every ten seconds at most."""
+
+    tally: Tally = field(default_factory=Tally)
+    spoke: float = 0.0
+
+    def started(self, jobs: int) -> None:
+        self.tally.start(jobs)
+
+    def job_started(self, index: int, job: PlannedJob) -> None:
+        self.tally.start_job(job)
+        self._say("started")
+
+    def step(self, fraction: float, step: int, objective: float, seconds: float) -> None:
+        self.tally.advance(fraction, step, objective, seconds)
+        if self.tally.now() - self.spoke >= PLAIN_SECONDS:
+            self._say(f"step {step}", *self.tally.fit_facts(), f"all jobs: {self.tally.all_left()} left")
+
+    def measuring(self, evaluator: str) -> None:
+        self.tally.evaluator = evaluator
+        if self.tally.now() - self.spoke >= PLAIN_SECONDS:
+            self._say(*self.tally.fit_facts())
+
+    def job_finished(self, job: PlannedJob, status: str, reason: str) -> None:
+        self._say(f"{status} after {self.tally.job_seconds()}" + (f": {reason}" if reason else ""))
+        self.tally.finish_job()
+
+    def finished(self) -> None:
+        pass
+
+    def _say(self, *facts: str) -> None:
+        self.spoke = self.tally.now()
+        place = f"[{self.tally.finished + 1}/{self.tally.jobs}]"
+        click.echo(f"{place} {self.tally.job}: {', '.join(facts)}", err=True)
+
+
+class LiveProgress:
+    """Two lines that are redrawn: all jobs, and the current one. Jobs that are not ok are told of above them."""
+
+    def __init__(self, console: Console, tally: Tally | None = None) -> None:
+        self.console = console
+        self.tally = tally or Tally()
+        self.live = Live(console=console, get_renderable=self.drawn, refresh_per_second=4, transient=True)
+
+    def started(self, jobs: int) -> None:
+        self.tally.start(jobs)
+        self.live.start()
+
+    def job_started(self, index: int, job: PlannedJob) -> None:
+        self.tally.start_job(job)
+
+    def step(self, fraction: float, step: int, objective: float, seconds: float) -> None:
+        self.tally.advance(fraction, step, objective, seconds)
+
+    def measuring(self, evaluator: str) -> None:
+        self.tally.evaluator = evaluator
+
+    def job_finished(self, job: PlannedJob, status: str, reason: str) -> None:
+        self.tally.finish_job()
+        if status != "ok":
+            self.console.print(Text(f"{self.tally.job}: {status}: {reason}", style="yellow"))
+
+    def finished(self) -> None:
+        self.live.stop()
+
+    def drawn(self) -> Table:
+        """The two lines, cut where the terminal is narrow."""
+        tally, wide = self.tally, self.console.width >= WIDE
+        overall = f"{tally.finished} of {tally.jobs} jobs, {tally.all_left()} left"
+        table = Table.grid(padding=(0, 2), expand=True)
+        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
+        if wide:
+            table.add_column(width=24)
+        table.add_column(no_wrap=True, overflow="ellipsis")
+        bars = [ProgressBar(tally.jobs, tally.done), ProgressBar(1, tally.fraction)] if wide else []
+        for text, facts, bar in (
+            (tally.job, "  ".join(tally.fit_facts()), bars[1:]),
+            ("all jobs", overall, bars[:1]),
+        ):
+            table.add_row(Text(text), *bar, Text(facts))
+        return table
+
+
+def shown() -> Progress:
+    """Progress as this stderr can show it."""
+    console = progress_output()
+    return LiveProgress(console) if console.is_terminal and not console.is_dumb_terminal else PlainProgress()
