@@ -7,6 +7,7 @@ method's own. Weights are Glorot-uniform and biases zero, as in the released cod
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -39,7 +40,7 @@ class MLP(nn.Module):
     def __init__(self, inputs: int, outputs: int, width: int, depth: int, activation: Activation) -> None:
         super().__init__()
         sizes = [inputs, *[width] * depth, outputs]
-        self.layers = nn.ModuleList(linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(linear(a, b) for a, b in pairwise(sizes))
         self.activation = _ACTIVATIONS[activation]
 
     def forward(self, h: Tensor) -> Tensor:
@@ -48,7 +49,14 @@ class MLP(nn.Module):
         return self.layers[-1](h)
 
 
-class EncoderTrunk(nn.Module):
+class Trunk(nn.Module):
+    """A network that a problem chooses and that a method puts a head on."""
+
+    features: int
+    """Size of the last axis of its output."""
+
+
+class EncoderTrunk(Trunk):
     """Features of x, into which noise may be injected: a linear map of it is added before every activation.
 
     With ``depth`` 0 the features are x itself.
@@ -67,8 +75,9 @@ class EncoderTrunk(nn.Module):
         self.noise_dim = noise_dim
         self.centre = centre
         self.activation = _ACTIVATIONS[activation]
-        self.layers = nn.ModuleList(linear(a, b) for a, b in zip(sizes, sizes[1:], strict=False))
-        self.injections = nn.ModuleList(linear(noise_dim, b, bias=False) for b in sizes[1:] if noise_dim)
+        self.layers = nn.ModuleList(linear(a, b) for a, b in pairwise(sizes))
+        # One layer for the noise of all activations: one matrix product instead of one for each.
+        self.injection = linear(noise_dim, sum(sizes[1:]), bias=False) if noise_dim and depth else None
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """x (N, *E) and noise (..., N, noise_dim) -> (..., N, features)."""
@@ -76,13 +85,16 @@ class EncoderTrunk(nn.Module):
             raise ValueError(f"trunk built with noise_dim={self.noise_dim}, called with noise={noise is not None}")
         h = x.flatten(1)
         h = 2 * h - 1 if self.centre else h
-        for i, layer in enumerate(self.layers):
-            h = layer(h) if noise is None else layer(h) + self.injections[i](noise)
-            h = self.activation(h)
+        if noise is None or self.injection is None:
+            injected = [0.0] * len(self.layers)
+        else:
+            injected = self.injection(noise).split([layer.out_features for layer in self.layers], dim=-1)
+        for layer, added in zip(self.layers, injected, strict=True):
+            h = self.activation(layer(h) + added)
         return h
 
 
-class ResidualPairTrunk(nn.Module):
+class ResidualPairTrunk(Trunk):
     """Features of a pair (x, z): a layer on both, then residual blocks whose second layer starts at zero.
 
     The discriminator of the AVB paper's toy and Eight Schools code, without its output layer.
@@ -106,7 +118,7 @@ class ResidualPairTrunk(nn.Module):
         return self.activation(h)
 
 
-class InnerProductPairTrunk(nn.Module):
+class InnerProductPairTrunk(Trunk):
     r"""Features of a pair whose linear combinations contain <f(x), g(z)> + h(x) + k(z).
 
     The discriminator of the AVB paper's MNIST code: two networks that meet in a product. The part that depends on x is

@@ -7,19 +7,19 @@ import inspect
 import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import NonNegativeInt, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from harness import model as model_module
 from harness import nn as nn_module
 from harness.model import BernoulliLikelihood, DecoderModel, GaussianLikelihood, LatentModel
-from harness.nn import MLP, Activation, EncoderTrunk, InnerProductPairTrunk, ResidualPairTrunk
+from harness.nn import MLP, Activation, EncoderTrunk, InnerProductPairTrunk, ResidualPairTrunk, Trunk
 from harness.options import Configurable
 from harness.seeding import Streams, generator
 
@@ -32,7 +32,7 @@ class DatasetSpec:
     """Arrays of a data set, before binarisation.
 
     Args:
-        train, validation, test: Shape (N, *E). uint8 intensities when ``levels`` is given, else floats used as they are.
+        train, validation, test: Shape (N, *E). uint8 intensities when ``levels`` is given, else floats, used as is.
         levels: The intensity that stands for probability 1; element v is Bernoulli(v / levels). None: no scaling.
         binarisation: ``dynamic`` (a fresh Bernoulli draw at every training read; validation and test drawn once, from a
             fixed seed), ``static`` (already binary) or ``none``.
@@ -158,12 +158,12 @@ class ModelSpec(ABC):
         """A model with fresh initial weights."""
 
     @abstractmethod
-    def encoder_trunk(self, event_shape: tuple[int, ...], noise_dim: int) -> nn.Module:
-        """Features of x (and noise): see `harness.nn.EncoderTrunk`. Has an attribute ``features``."""
+    def encoder_trunk(self, event_shape: tuple[int, ...], noise_dim: int) -> Trunk:
+        """Features of x (and noise): see `harness.nn.EncoderTrunk`."""
 
     @abstractmethod
-    def pair_trunk(self, event_shape: tuple[int, ...]) -> nn.Module:
-        """Features of a pair (x, z): see `harness.nn.ResidualPairTrunk`. Has an attribute ``features``."""
+    def pair_trunk(self, event_shape: tuple[int, ...]) -> Trunk:
+        """Features of a pair (x, z): see `harness.nn.ResidualPairTrunk`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,13 +195,11 @@ class MLPSpec(ModelSpec):
         likelihood = BernoulliLikelihood() if self.likelihood == "bernoulli" else GaussianLikelihood()
         return DecoderModel(self.latent_dim, event_shape, decoder, likelihood)
 
-    def encoder_trunk(self, event_shape: tuple[int, ...], noise_dim: int) -> nn.Module:
+    def encoder_trunk(self, event_shape: tuple[int, ...], noise_dim: int) -> Trunk:
         inputs = int(np.prod(event_shape))
-        return EncoderTrunk(
-            inputs, self.width, self.depth, self.activation, centre=self._centre, noise_dim=noise_dim
-        )
+        return EncoderTrunk(inputs, self.width, self.depth, self.activation, centre=self._centre, noise_dim=noise_dim)
 
-    def pair_trunk(self, event_shape: tuple[int, ...]) -> nn.Module:
+    def pair_trunk(self, event_shape: tuple[int, ...]) -> Trunk:
         sizes = (int(np.prod(event_shape)), self.latent_dim, self.pair_width, self.pair_depth)
         if self.pair == "residual":
             return ResidualPairTrunk(*sizes, self.pair_activation, centre=self._centre)
@@ -228,10 +226,10 @@ class TrainingView:
     def latent_dim(self) -> int:
         return self.model.latent_dim
 
-    def encoder_trunk(self, noise_dim: int = 0) -> nn.Module:
+    def encoder_trunk(self, noise_dim: int = 0) -> Trunk:
         return self.spec.encoder_trunk(self.event_shape, noise_dim)
 
-    def pair_trunk(self) -> nn.Module:
+    def pair_trunk(self) -> Trunk:
         return self.spec.pair_trunk(self.event_shape)
 
 
@@ -291,7 +289,7 @@ def placed(problem: Problem, device: torch.device, dtype: torch.dtype) -> Device
     return DeviceData.place(loaded(problem), device, dtype)
 
 
-@lru_cache(maxsize=None)
+@cache
 def source_hash(thing: object) -> str:
     """SHA-256 of the source file that defines a class or is a module.
 

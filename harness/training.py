@@ -7,12 +7,12 @@ parameters only, updates all players at once from one shared forward pass, and n
 
 from __future__ import annotations
 
-import itertools
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
+from typing import Any
 
 import torch
 from pydantic import NonNegativeFloat, PositiveInt
@@ -23,14 +23,21 @@ from harness.nn import count_parameters
 from harness.posterior import Posterior
 from harness.problem import TrainingView
 
-Modules = nn.ModuleDict
 Noise = dict[str, Tensor]
 
 LOG_EVERY = 100
+ALIGNED_ELEMENTS = 16  # 64 bytes of float32
 CLOCK_EVERY = 10
 VALIDATION_CHECKS = 20
 CONVERGENCE_CHECK_STEPS = 500
 VALIDATION_BATCH = 1000
+
+
+class Modules(nn.ModuleDict):
+    """The networks of a fit by name, each of whatever class the method made it."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)
 
 
 @dataclass(frozen=True)
@@ -119,19 +126,42 @@ def _built(method: GradientMethod, view: TrainingView) -> Modules:
     return modules.to(device=view.validation.device, dtype=view.validation.dtype)
 
 
-@dataclass
 class _Owned:
-    """A player with its parameters and optimiser. One whose modules have no parameters (a fixed model) never steps."""
+    """A player with its parameters, all in one flat vector, and its optimiser.
 
-    player: Player
-    parameters: list[nn.Parameter]
-    optimiser: torch.optim.Optimizer
+    The modules' parameters become views of that vector, so that a step of the optimiser is one operation, whatever the
+    number of layers. A player whose modules have no parameters (a fixed model) never steps.
+    """
 
-    def assign(self, gradients: tuple[Tensor | None, ...], clip_norm: float) -> None:
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+    def __init__(self, player: Player, modules: Modules) -> None:
+        self.player = player
+        self.parameters = [parameter for name in player.on for parameter in modules[name].parameters()]
+        if not self.parameters:
+            return
+        pieces = [piece for parameter in self.parameters for piece in _aligned(parameter.detach())]
+        self.flat = torch.cat(pieces)
+        offset = 0
+        for parameter, padding in zip(self.parameters, pieces[1::2], strict=True):
+            parameter.data = self.flat[offset : offset + parameter.numel()].view_as(parameter)
+            offset += parameter.numel() + len(padding)
+        self.flat.grad = torch.zeros_like(self.flat)
+        self.optimiser = torch.optim.Adam([self.flat], lr=player.lr, betas=player.betas, fused=True)
+
+    def differentiate(self, loss: Tensor, clip_norm: float, *, keep: bool) -> None:
+        """Put the gradient of the player's loss where the optimiser finds it."""
+        gradients = torch.autograd.grad(loss, self.parameters, retain_graph=keep)
+        self.flat.grad = torch.cat([piece for gradient in gradients for piece in _aligned(gradient)])
         if clip_norm:
-            nn.utils.clip_grad_norm_(self.parameters, clip_norm)
+            nn.utils.clip_grad_norm_([self.flat], clip_norm)
+
+    def step(self, lr_factor: float) -> None:
+        self.optimiser.param_groups[0]["lr"] = self.player.lr * lr_factor
+        self.optimiser.step()
+
+
+def _aligned(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """A tensor's elements and the zeros that make the next one start at an address that suits vector instructions."""
+    return tensor.reshape(-1), tensor.new_zeros(-tensor.numel() % ALIGNED_ELEMENTS)
 
 
 @dataclass
@@ -141,9 +171,10 @@ class _Loop:
     run: Run
     modules: Modules
     pending: list[Tensor] = field(default_factory=list)
+    lr_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        self.owned = [_own(player, self.modules) for player in self.method.players()]
+        self.owned = [_Owned(player, self.modules) for player in self.method.players()]
         self.objective = self.owned[0].player.name
         self.shapes = self.method.noise(self.view)
         self.batches = self.run.batches(self.view.train, self.method.batch_size)
@@ -168,7 +199,9 @@ class _Loop:
         """Train until the budget is spent; returns the number of steps."""
         self.modules.train()
         fraction, by_clock = 0.0, self.run.budget.unit == "seconds"
-        for step in itertools.count(1):
+        step, done = 0, False
+        while not done:
+            step += 1
             self._step()
             if not by_clock or step % CLOCK_EVERY == 0:  # reading the clock waits for the device
                 fraction = self.run.fraction(step, self.method.batch_size)
@@ -176,10 +209,8 @@ class _Loop:
             check = done or step % self.check_every == 0
             if check or step % LOG_EVERY == 0:
                 self._log(step, fraction, check)
-                self._set_learning_rates(fraction)
+                self.lr_factor = self.method.lr_decay ** max(0.0, (fraction - 0.4) / 0.6)
                 done = done or self.run.converged()
-            if done:
-                break
         if not all(bool(parameter.isfinite().all()) for parameter in self.modules.parameters()):
             raise Diverged(f"parameters are not finite after step {step}")
         return step
@@ -189,19 +220,16 @@ class _Loop:
         losses = self.method.losses(self.modules, next(self.batches), next(self.noise))
         self.pending.append(losses[self.objective].detach())
         movers = [owned for owned in self.owned if owned.parameters]
+        clip_norm = self.method.clip_norm
         for i, owned in enumerate(movers):
-            self._differentiate(owned, losses, keep=i < len(movers) - 1)
+            owned.differentiate(losses[owned.player.name], clip_norm, keep=i < len(movers) - 1)
         for owned in movers:
-            owned.optimiser.step()
+            owned.step(self.lr_factor)
         for owned in movers:
             for _ in range(owned.player.steps - 1):
                 losses = self.method.losses(self.modules, next(self.batches), next(self.noise))
-                self._differentiate(owned, losses, keep=False)
-                owned.optimiser.step()
-
-    def _differentiate(self, owned: _Owned, losses: dict[str, Tensor], *, keep: bool) -> None:
-        loss = losses[owned.player.name]
-        owned.assign(torch.autograd.grad(loss, owned.parameters, retain_graph=keep), self.method.clip_norm)
+                owned.differentiate(losses[owned.player.name], clip_norm, keep=False)
+                owned.step(self.lr_factor)
 
     def _log(self, step: int, fraction: float, check: bool) -> None:
         mean = float(torch.stack(self.pending).mean())
@@ -224,22 +252,8 @@ class _Loop:
             self.modules.train()
         return total / n
 
-    def _set_learning_rates(self, fraction: float) -> None:
-        if self.method.lr_decay == 1.0:
-            return
-        factor = self.method.lr_decay ** max(0.0, (fraction - 0.4) / 0.6)
-        for owned in self.owned:
-            for group in owned.optimiser.param_groups:
-                group["lr"] = owned.player.lr * factor
 
-
-def _own(player: Player, modules: Modules) -> _Owned:
-    parameters = [parameter for name in player.on for parameter in modules[name].parameters()]
-    optimiser = torch.optim.Adam(parameters or [torch.zeros(())], lr=player.lr, betas=player.betas, fused=True)
-    return _Owned(player, parameters, optimiser)
-
-
-@lru_cache(maxsize=None)
+@cache
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     """Pay once per process for what the first step of any loop would pay: lazy imports, library and kernel set-up."""
     layer = nn.Linear(2, 2, device=device, dtype=dtype)

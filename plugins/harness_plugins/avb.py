@@ -17,9 +17,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-
 from harness import hookimpl
-from harness.nn import linear
+from harness.nn import Trunk, linear
 from harness.posterior import Posterior
 from harness.problem import TrainingView
 from harness.training import GradientMethod, Modules, Noise, Player
@@ -28,7 +27,7 @@ from harness.training import GradientMethod, Modules, Noise, Player
 class NoiseInjectedEncoder(nn.Module):
     """z = z_phi(x, eps): x (N, *E) and eps (..., N, noise_dim) -> (..., N, D)."""
 
-    def __init__(self, trunk: nn.Module, noise_dim: int, latent_dim: int) -> None:
+    def __init__(self, trunk: Trunk, noise_dim: int, latent_dim: int) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = linear(trunk.features, latent_dim)
@@ -44,7 +43,7 @@ class LogRatio(nn.Module):
     x (N, *E) and z (..., N, D) -> (..., N), nats.
     """
 
-    def __init__(self, trunk: nn.Module) -> None:
+    def __init__(self, trunk: Trunk) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = linear(trunk.features, 1)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from harness import hookimpl
 from harness.model import StandardNormalPrior, log_normal
-from harness.nn import linear
+from harness.nn import Trunk, linear
 from harness.posterior import Posterior
 from harness.problem import TrainingView
 from harness.training import GradientMethod, Modules, Noise, Player
@@ -24,7 +24,7 @@ from harness.training import GradientMethod, Modules, Noise, Player
 class GaussianEncoder(nn.Module):
     """Mean and log standard deviation of q(z|x): x (N, *E) -> two of (N, D)."""
 
-    def __init__(self, trunk: nn.Module, latent_dim: int) -> None:
+    def __init__(self, trunk: Trunk, latent_dim: int) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = linear(trunk.features, 2 * latent_dim)

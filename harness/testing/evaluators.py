@@ -1,0 +1,68 @@
+"""Laws of evaluators: measurements that repeat bit for bit, are complete, and change nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import get_args
+
+import numpy as np
+import torch
+
+from harness.evaluator import EvaluationRun, Evaluator, Kind, Measurement
+from harness.method import Fit, Method
+from harness.problem import Problem, placed
+from harness.testing.laws import check_options, require, require_equal, untouched
+from harness.testing.methods import trial
+from harness.testing.small import SmallProblem, known_fit, view_of
+
+
+def check_evaluator(evaluator: Evaluator, method: Method | None = None, problem: Problem | None = None) -> None:
+    """Everything that the harness asks of an evaluator.
+
+    Args:
+        method: Whose fit to measure; unless given, a fit whose posterior has every capability.
+        problem: Unless given, `SmallProblem`.
+
+    Raises:
+        ConformanceError: If a law does not hold.
+    """
+    check_options(evaluator, Evaluator)
+    problem = problem or SmallProblem()
+    fit = trial(method, problem).fit if method else known_fit(view_of(problem))
+    reason = evaluator.undefined(fit, problem)
+    require(reason is None or bool(reason.strip()), f"{evaluator.name}: undefined without a reason")
+    if reason is not None:
+        return
+    before = {key: tensor.clone() for key, tensor in fit.model.state_dict().items()}
+    first, second = _measure(evaluator, fit, problem), _measure(evaluator, fit, problem)
+    for key, tensor in before.items():
+        require_equal(fit.model.state_dict()[key], tensor, f"{evaluator.name}: measuring changes the model's {key!r}")
+    require(bool(first), f"{evaluator.name}: no measurement; say why in `undefined`")
+    metrics = [measurement.metric for measurement in first]
+    require(len(set(metrics)) == len(metrics), f"{evaluator.name}: a metric is measured twice: {metrics}")
+    for measurement, again in zip(first, second, strict=True):
+        _check_measurement(evaluator.name, measurement, again, len(problem.dataset().test))
+
+
+def _measure(evaluator: Evaluator, fit: Fit, problem: Problem) -> list[Measurement]:
+    data = placed(problem, torch.device("cpu"), torch.float64)
+    run = EvaluationRun(data, problem, torch.device("cpu"), torch.float64, seed=0)
+    with torch.no_grad(), untouched(f"{evaluator.name}: measure"):
+        return evaluator.measure(fit, problem, run)
+
+
+def _check_measurement(name: str, measurement: Measurement, again: Measurement, n_test: int) -> None:
+    what = f"{name}: {measurement.metric}"
+    values, stderrs, indices = measurement.values, measurement.stderrs, measurement.indices
+    require(np.array_equal(values, again.values), f"{what}: measuring the same fit twice gives different values")
+    require(measurement.kind in get_args(Kind), f"{what}: unknown kind {measurement.kind!r}; one of {get_args(Kind)}")
+    require(values.dtype == np.float64, f"{what}: values must be float64, got {values.dtype}")
+    require(values.ndim == 1 and len(values) > 0, f"{what}: values must have shape (N,), got {values.shape}")
+    require(stderrs.shape == values.shape, f"{what}: stderrs must have shape {values.shape}, got {stderrs.shape}")
+    require(indices.shape == values.shape, f"{what}: indices must have shape {values.shape}, got {indices.shape}")
+    require(bool(np.isfinite(values).all() and np.isfinite(stderrs).all()), f"{what}: not finite")
+    require(bool((stderrs >= 0).all()), f"{what}: negative standard errors")
+    require(measurement.kind != "exact" or not stderrs.any(), f"{what}: an exact number has no standard error")
+    inside = bool((indices >= 0).all() and (indices < n_test).all()) and len(set(indices.tolist())) == len(indices)
+    require(inside, f"{what}: indices must be distinct and lie within the test split")
+    json.dumps(dict(measurement.settings), allow_nan=False)

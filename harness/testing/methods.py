@@ -1,0 +1,157 @@
+"""Laws of methods: a short fit that repeats bit for bit, can be stored and restored, and leaves the process alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.clock import Clock
+from harness.job import Job
+from harness.method import Budget, Fit, Method, Run
+from harness.problem import Problem, TrainingView
+from harness.testing.laws import (
+    check_options,
+    require,
+    require_equal,
+    require_shape,
+    untouched,
+)
+from harness.testing.posteriors import check_posterior, stream
+from harness.testing.small import SmallProblem, view_of
+from harness.training import GradientMethod, Modules, Noise
+
+STEPS = 5
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A short fit, with the job that it belongs to."""
+
+    job: Job
+    fit: Fit
+
+
+def trial(method: Method, problem: Problem, seed: int = 0) -> Trial:
+    """Fit for a few steps in float64, on the CPU."""
+    job = Job(problem, method, seed, Budget("steps", STEPS), torch.device("cpu"), "float64")
+    run = Run(job.device, job.dtype, job.budget, job.streams, Clock(job.device))
+    with untouched(f"{method.name}: fit"), job.streams.initial_weights(shared=False):
+        return Trial(job, method.fit(job.training_view(), run))
+
+
+def check_method(method: Method, problem: Problem | None = None) -> None:
+    """Everything that the harness asks of a method.
+
+    Args:
+        problem: Where to try it; `SmallProblem` unless given.
+
+    Raises:
+        ConformanceError: If a law does not hold.
+    """
+    check_options(method, Method)
+    problem = problem or SmallProblem()
+    view = view_of(problem)
+    unfit = method.unfit(view)
+    require(unfit is None, f"{method.name} is unfit for {problem.label} ({unfit}): check it on another problem")
+    first = trial(method, problem)
+    _check_fit(first, view)
+    _check_repeats(first.fit, trial(method, problem).fit, view.validation)
+    _check_restores(first, view.validation)
+    check_posterior(first.fit.posterior, first.fit.model, view.validation)
+    if isinstance(method, GradientMethod):
+        _check_losses(method, first)
+
+
+def _check_fit(tried: Trial, view: TrainingView) -> None:
+    name, fit = tried.job.method.name, tried.fit
+    require(isinstance(fit, Fit), f"{name}: fit must return a harness.method.Fit, got {type(fit).__name__}")
+    require(fit.steps <= STEPS, f"{name}: took {fit.steps} steps with a budget of {STEPS}")
+    ours, theirs = _shapes(view.model.state_dict()), _shapes(fit.model.state_dict())
+    require(ours == theirs, f"{name}: the fitted model must be the view's: expected {ours}, got {theirs}")
+    for key, tensor in fit.state.items():
+        require(isinstance(tensor, Tensor), f"{name}: state {key!r} must be a tensor, got {type(tensor).__name__}")
+        require(not tensor.requires_grad, f"{name}: state {key!r} must be detached")
+        require_shape(tensor, tuple(tensor.shape), f"{name}: state {key!r}")
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _check_repeats(fit: Fit, again: Fit, x: Tensor) -> None:
+    require(sorted(fit.state) == sorted(again.state), "two fits from the same seed have different states")
+    for key in fit.state:
+        require_equal(again.state[key], fit.state[key], f"two fits from the same seed: {key!r}")
+    require_equal(again.posterior.sample(x, 2, stream(0)), fit.posterior.sample(x, 2, stream(0)), "two fits' samples")
+
+
+def _check_restores(tried: Trial, x: Tensor) -> None:
+    """From the state alone: the view that it is restored into has other initial weights."""
+    job = tried.job
+    other = Job(job.problem, job.method, 1, job.budget, job.device, job.precision)
+    state = {key: tensor.clone() for key, tensor in tried.fit.state.items()}
+    with other.streams.initial_weights(shared=False):
+        restored = job.method.restore(other.training_view(), state)
+    for key, tensor in tried.fit.model.state_dict().items():
+        require_equal(restored.model.state_dict()[key], tensor, f"{job.method.name}: restored model, {key!r}")
+    samples = restored.posterior.sample(x, 2, stream(0))
+    require_equal(samples, tried.fit.posterior.sample(x, 2, stream(0)), f"{job.method.name}: samples of a restored fit")
+
+
+def _check_losses(method: GradientMethod, tried: Trial) -> None:
+    job = tried.job
+    with job.streams.initial_weights(shared=False):
+        view = job.training_view()
+        modules = method.build(view).to(dtype=job.dtype)
+    modules.load_state_dict(dict(tried.fit.state))
+    modules.requires_grad_(True)
+    x = view.validation
+    shapes = method.noise(view)
+    noise = {
+        name: torch.randn((len(x), *shape), generator=stream(i), dtype=job.dtype)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    _check_pure(method, modules, x, noise)
+    _check_noise(method, modules, x, noise)
+    _check_gradients(method, modules, x, noise)
+
+
+def _check_pure(method: GradientMethod, modules: Modules, x: Tensor, noise: Noise) -> None:
+    inputs = {**{f"noise {name!r}": value for name, value in noise.items()}, "x": x, **modules.state_dict()}
+    before = {name: tensor.clone() for name, tensor in inputs.items()}
+    with untouched(f"{method.name}: losses"):
+        losses = method.losses(modules, x, noise)
+    names = [player.name for player in method.players()]
+    require(sorted(losses) == sorted(names), f"{method.name}: losses {sorted(losses)} for players {sorted(names)}")
+    with torch.no_grad():
+        again = method.losses(modules, x, noise)
+    for name, loss in losses.items():
+        require_shape(loss, (), f"{method.name}: loss {name!r}")
+        require_equal(again[name], loss, f"{method.name}: loss {name!r} of the same inputs twice")
+    for name, tensor in before.items():
+        require_equal(inputs[name], tensor, f"{method.name}: losses must change nothing, but {name} has changed")
+
+
+def _check_noise(method: GradientMethod, modules: Modules, x: Tensor, noise: Noise) -> None:
+    with torch.no_grad():
+        losses = method.losses(modules, x, noise)
+        for name, value in noise.items():
+            other = method.losses(modules, x, {**noise, name: value.flip(0) + 1})
+            changed = any(bool(other[player] != losses[player]) for player in losses)
+            require(changed, f"{method.name}: noise {name!r} is asked for, but no loss depends on it")
+
+
+def _check_gradients(method: GradientMethod, modules: Modules, x: Tensor, noise: Noise) -> None:
+    """After some steps, so that layers behind one that starts at zero have a gradient too."""
+    losses = method.losses(modules, x, noise)
+    for player in method.players():
+        named = {f"{on}.{key}": value for on in player.on for key, value in modules[on].named_parameters()}
+        if not named:
+            continue
+        gradients = torch.autograd.grad(losses[player.name], list(named.values()), retain_graph=True, allow_unused=True)
+        for key, gradient in zip(named, gradients, strict=True):
+            moved = gradient is not None and bool(gradient.any())
+            require(moved, f"{method.name}: {key} belongs to player {player.name!r}, whose loss gives it no gradient")

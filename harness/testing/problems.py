@@ -1,0 +1,140 @@
+"""Laws of data sets and problems: what is said of the data is true, and the model is a density with gradients."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from harness.method import Budget
+from harness.model import CanSimulate, HasClosedForm, LatentModel, log_normal
+from harness.problem import Dataset, DatasetSpec, DeviceData, Problem, TrainingView
+from harness.seeding import Streams
+from harness.testing.laws import (
+    check_options,
+    require,
+    require_close,
+    require_equal,
+    require_mean,
+    require_shape,
+    untouched,
+)
+from harness.testing.posteriors import DRAWS, stream
+
+CPU = torch.device("cpu")
+
+
+def check_dataset(dataset: Dataset) -> None:
+    """Everything that the harness asks of a data set that is embedded or has been fetched.
+
+    Raises:
+        ConformanceError: If a law does not hold.
+        DataError: If the data have not been fetched.
+    """
+    check_options(dataset, Dataset)
+    with untouched(f"{dataset.name}: load"):
+        spec = dataset.load()
+    _check_spec(spec)
+    require(dataset.load().content_hash == spec.content_hash, f"{dataset.name}: loading twice gives different data")
+
+
+def check_problem(problem: Problem) -> None:
+    """Everything that the harness asks of a problem.
+
+    Raises:
+        ConformanceError: If a law does not hold.
+        DataError: If its data have not been fetched.
+    """
+    check_options(problem, Problem)
+    Budget.parse(problem.default_budget)
+    require(problem.optimum is None or math.isfinite(problem.optimum), f"{problem.name}: optimum {problem.optimum}")
+    spec = problem.dataset()
+    _check_spec(spec)
+    require(problem.dataset().content_hash == spec.content_hash, f"{problem.name}: loading twice gives different data")
+    data = DeviceData.place(spec, CPU, torch.float64)
+    with untouched(f"{problem.name}: training_view"):
+        view = problem.training_view(data, Streams(0, problem.label, "one-method", CPU))
+        other = problem.training_view(data, Streams(0, problem.label, "another-method", CPU))
+    for key, tensor in view.model.state_dict().items():
+        require_equal(other.model.state_dict()[key], tensor, f"{problem.name}: initial {key!r} for two methods")
+    _check_trunks(view)
+    _check_model(view.model, view.validation[:3])
+
+
+def _check_spec(spec: DatasetSpec) -> None:
+    for name, array in (("train", spec.train), ("validation", spec.validation), ("test", spec.test)):
+        what = f"{spec.name}: {name}"
+        require(len(array) > 0, f"{what} is empty")
+        require(array.shape[1:] == spec.event_shape, f"{what}: shape {array.shape[1:]}, train has {spec.event_shape}")
+        require(bool(np.isfinite(array).all()), f"{what}: not finite")
+        scaled = array / spec.levels if spec.levels else array
+        if spec.binarisation != "none":
+            inside = scaled.min() >= 0 and scaled.max() <= 1
+            require(bool(inside), f"{what}: probabilities from {scaled.min()} to {scaled.max()}; are the levels right?")
+        if spec.binarisation == "static":
+            require(bool(np.isin(scaled, (0, 1)).all()), f"{what}: said to be binary already, but it is not")
+    if spec.test_labels is not None:
+        require(len(spec.test_labels) == len(spec.test), f"{spec.name}: test_labels must have one entry per test image")
+
+
+def _check_trunks(view: TrainingView) -> None:
+    x = view.validation[:3]
+    z = torch.zeros(2, len(x), view.latent_dim, dtype=x.dtype)
+    plain, noisy, pair = view.encoder_trunk().to(x), view.encoder_trunk(5).to(x), view.pair_trunk().to(x)
+    require_shape(plain(x), (len(x), plain.features), "encoder_trunk()(x)")
+    features = noisy(x, torch.ones(2, len(x), 5, dtype=x.dtype))  # a trunk without layers has nowhere to inject it
+    require_shape(features.expand(2, -1, -1), (2, len(x), noisy.features), "encoder_trunk(5)(x, noise)")
+    require_shape(pair(x, z), (2, len(x), pair.features), "pair_trunk()(x, z)")
+
+
+def _check_model(model: LatentModel, x: Tensor) -> None:
+    with untouched("LatentModel.sample_prior"):
+        prior = model.sample_prior(DRAWS, stream(0))
+    require_shape(prior, (DRAWS, model.latent_dim), "sample_prior")
+    require_equal(model.sample_prior(DRAWS, stream(0)), prior, "sample_prior from the same generator twice")
+    require_shape(model.log_prior(prior), (DRAWS,), "log_prior")
+    _check_prior_normalises(model, prior)
+    _check_likelihood(model, x)
+    if isinstance(model, CanSimulate):
+        z = model.sample_prior(2, stream(1))
+        require_shape(model.mean(z), (2, *x.shape[1:]), "mean")
+        require_shape(model.sample_observation(z, stream(2)), (2, *x.shape[1:]), "sample_observation")
+    if isinstance(model, HasClosedForm):
+        _check_bayes(model, x)
+
+
+def _check_prior_normalises(model: LatentModel, prior: Tensor) -> None:
+    """E_p[g / p] = 1 for a Gaussian g that is narrower than the prior."""
+    sd, mean = torch.std_mean(prior, dim=0)
+    ratio = torch.exp(log_normal(prior, mean, torch.log(0.7 * sd)) - model.log_prior(prior))
+    require_mean(ratio[:, None], 1.0, "log_prior does not integrate to 1")
+
+
+def _check_likelihood(model: LatentModel, x: Tensor) -> None:
+    z = model.sample_prior(2 * len(x), stream(1)).unflatten(0, (2, len(x)))
+    with untouched("log_likelihood"):
+        paired = model.log_likelihood(x, z)
+    require_shape(paired, (2, len(x)), "log_likelihood(x, z) of paired (N, *E) and (S, N, D)")
+    require_close(model.log_joint(x, z), paired + model.log_prior(z), "log_joint and log_likelihood + log_prior")
+    crossed = model.log_likelihood(x, z[:, :1])
+    require_shape(crossed, (2, len(x)), "log_likelihood(x, z) of every z with every x, z of shape (S, 1, D)")
+    require_close(crossed, model.log_likelihood(x, z[:, :1].expand_as(z)), "log_likelihood crossed and paired")
+    named = dict(model.named_parameters())
+    if named:
+        gradients = torch.autograd.grad(paired.sum(), list(named.values()), allow_unused=True)
+        missing = [key for key, gradient in zip(named, gradients, strict=True) if gradient is None]
+        require(not missing, f"log_likelihood gives no gradient to {missing}")
+
+
+def _check_bayes(model: LatentModel, x: Tensor) -> None:
+    """log p(x) = log p(x, z) - log p(z|x), whatever z is."""
+    assert isinstance(model, HasClosedForm)
+    evidence = model.log_evidence(x)
+    require_shape(evidence, (len(x),), "log_evidence")
+    mean, covariance = model.exact_posterior(x)
+    require_shape(mean, (len(x), model.latent_dim), "exact_posterior mean")
+    posterior = torch.distributions.MultivariateNormal(mean, covariance)
+    z = model.sample_prior(len(x), stream(3))
+    require_close(model.log_joint(x, z) - posterior.log_prob(z), evidence, "log_evidence and log_joint - log posterior")

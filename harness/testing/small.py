@@ -1,0 +1,83 @@
+"""A problem that is small enough for checks, and a fit of it whose posterior has every capability."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from harness.method import Fit
+from harness.model import log_normal
+from harness.posterior import Posterior
+from harness.problem import DatasetSpec, MLPSpec, ModelSpec, Problem, TrainingView, placed
+from harness.seeding import Streams
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallProblem(Problem):
+    """Binary 2x3 images, a latent space of two dimensions, a decoder of one hidden layer."""
+
+    name: str = "small"
+    latent_dim: PositiveInt = 2
+    width: PositiveInt = 8
+
+    @property
+    def default_budget(self) -> str:
+        return "steps=20"
+
+    def dataset(self) -> DatasetSpec:
+        # Distinct images, so that a posterior has something to tell apart.
+        codes = np.random.default_rng(0).permutation(64)[:40]
+        images = ((codes[:, None] >> np.arange(6)) & 1).astype(np.float32).reshape(-1, 2, 3)
+        return DatasetSpec(self.name, images[:24], images[24:32], images[32:], binarisation="static")
+
+    def model_spec(self) -> ModelSpec:
+        return MLPSpec(
+            latent_dim=self.latent_dim, width=self.width, depth=1, pair_width=self.width, pair_depth=1, pair_rank=4
+        )
+
+
+class KnownPosterior(Posterior):
+    """q(z|x) = N(mean of x, 0.8^2 I) against a standard normal prior: every capability in closed form."""
+
+    SD = 0.8
+
+    def __init__(self, latent_dim: int) -> None:
+        self.latent_dim = latent_dim
+
+    def _mean(self, x: Tensor) -> Tensor:
+        return x.flatten(1).mean(1, keepdim=True).expand(-1, self.latent_dim)
+
+    def sample(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        mean = self._mean(x)
+        eps = torch.randn((n, *mean.shape), generator=generator, device=mean.device, dtype=mean.dtype)
+        return mean + self.SD * eps
+
+    def sample_and_log_prob(self, x: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        z = self.sample(x, n, generator)
+        return z, self.log_prob(x, z)
+
+    def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
+        return log_normal(z, self._mean(x), float(np.log(self.SD)))
+
+    def kl_to_prior(self, x: Tensor) -> Tensor:
+        constant = self.latent_dim * (0.5 * (self.SD**2 - 1) - float(np.log(self.SD)))
+        return 0.5 * self._mean(x).square().sum(-1) + constant
+
+    def log_ratio(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.log_prob(x, z) - log_normal(z)
+
+
+def known_fit(view: TrainingView) -> Fit:
+    """The untrained model of a view with `KnownPosterior`."""
+    model = view.model.eval().requires_grad_(False)
+    return Fit(model, KnownPosterior(view.latent_dim), dict(model.state_dict()))
+
+
+def view_of(problem: Problem) -> TrainingView:
+    """What a method sees of a problem, in float64 on the CPU."""
+    device = torch.device("cpu")
+    return problem.training_view(placed(problem, device, torch.float64), Streams(0, problem.label, "known", device))
