@@ -76,8 +76,15 @@ class EncoderTrunk(Trunk):
         self.centre = centre
         self.activation = _ACTIVATIONS[activation]
         self.layers = nn.ModuleList(linear(a, b) for a, b in pairwise(sizes))
-        # One layer for the noise of all activations: one matrix product instead of one for each.
-        self.injection = linear(noise_dim, sum(sizes[1:]), bias=False) if noise_dim and depth else None
+        self.widths = sizes[1:]
+        self.injection = self._injection(noise_dim) if noise_dim and depth else None
+
+    def _injection(self, noise_dim: int) -> nn.Linear:
+        """The maps of the noise to all layers, in one matrix product; each is initialised by itself."""
+        layer = linear(noise_dim, sum(self.widths), bias=False)
+        for part in layer.weight.detach().split(self.widths):
+            nn.init.xavier_uniform_(part)
+        return layer
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """x (N, *E) and noise (..., N, noise_dim) -> (..., N, features)."""
@@ -86,10 +93,10 @@ class EncoderTrunk(Trunk):
         h = x.flatten(1)
         h = 2 * h - 1 if self.centre else h
         if noise is None or self.injection is None:
-            injected = [0.0] * len(self.layers)
-        else:
-            injected = self.injection(noise).split([layer.out_features for layer in self.layers], dim=-1)
-        for layer, added in zip(self.layers, injected, strict=True):
+            for layer in self.layers:
+                h = self.activation(layer(h))
+            return h
+        for layer, added in zip(self.layers, self.injection(noise).split(self.widths, dim=-1), strict=True):
             h = self.activation(layer(h) + added)
         return h
 
