@@ -55,12 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0: all is well (jobs ok or skipped); 1: some job failed; 2: a mistake of the user's, told in one line on stderr.
     """
+    words = sys.argv[1:] if arguments is None else arguments
     try:
         with _plain_warnings():
-            code = _run(sys.argv[1:] if arguments is None else arguments)
+            code = _run(words)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        click.echo("harness: interrupted; finished jobs are kept, and the same command goes on from there", err=True)
+        kept = "; finished jobs are kept, and the same command goes on from there"
+        click.echo(f"harness: interrupted{kept if words[0] in ('compare', 'evaluate') else ''}", err=True)
         return INTERRUPTED
     except BrokenPipeError:  # the reader has gone (`harness list methods | head`): Python must not flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -27,12 +27,12 @@ def compare(asked: Arguments) -> int:
 
     What the folder of results has already is not done again. Exit code 1 if a job failed.
     """
-    from harness import comparison
+    from harness import comparison, statistics
     from harness.cli.progress import shown
     from harness.store import Store
 
     records = comparison.compare(**asked, progress=shown())
-    order: list[str] = records["job_id"].tolist()
+    order = [row["job_id"] for row in statistics.rows(records)]
     return _conclude(records, Store(asked.get("out", comparison.DEFAULT_OUT)), order)
 
 

@@ -19,8 +19,8 @@ from harness.comparison import PlannedJob, Progress
 
 PLAIN_SECONDS = 10.0
 """Seconds between two lines about the same fit."""
-WIDE = 100
-"""Columns from which on there is room for bars."""
+NARROW, WIDE = 80, 100
+"""Columns below which there is no room for the speed, and from which on there is room for bars."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Tally:
         return clock(self.now() - self.job_began)
 
     def fit_facts(self) -> list[str]:
-        """What there is to say of the current fit."""
+        """What there is to say of the current fit, the most important first."""
         if self.evaluator:
             return [f"measuring: {self.evaluator}"]
         if not self.step:
@@ -158,17 +158,15 @@ class LiveProgress:
         """The two lines, cut where the terminal is narrow."""
         tally, wide = self.tally, self.console.width >= WIDE
         overall = f"{tally.finished} of {tally.jobs} jobs, {tally.all_left()} left"
+        facts = tally.fit_facts()[: 3 if self.console.width < NARROW else None]
         table = Table.grid(padding=(0, 2), expand=True)
         table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
         if wide:
             table.add_column(width=24)
         table.add_column(no_wrap=True, overflow="ellipsis")
         bars = [ProgressBar(tally.jobs, tally.done), ProgressBar(1, tally.fraction)] if wide else []
-        for text, facts, bar in (
-            (tally.job, "  ".join(tally.fit_facts()), bars[1:]),
-            ("all jobs", overall, bars[:1]),
-        ):
-            table.add_row(Text(text), *bar, Text(facts))
+        table.add_row(Text(tally.job), *bars[1:], Text("  ".join(facts)))
+        table.add_row(Text("all jobs"), *bars[:1], Text(overall))
         return table
 
 
