@@ -17,7 +17,7 @@ from harness.evaluator import Evaluator
 from harness.job import Job, Precision, evaluator_file, is_measured
 from harness.method import Budget, Method
 from harness.options import UserError, parse_seeds, unknown
-from harness.problem import Problem
+from harness.problem import Problem, loaded
 from harness.record import STATUSES
 from harness.registry import Registry
 from harness.store import Facts, Store
@@ -111,6 +111,8 @@ def resolve(
     place, numbers = find_device(device), parse_seeds(seeds)
     find_dtype(precision)
     everywhere = Budget.parse(budget) if budget is not None else None
+    for problem in chosen_problems:
+        loaded(problem)  # data that are missing or damaged are told of before anything is written or run
     jobs = [
         Job(
             problem,
