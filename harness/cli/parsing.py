@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, cast
 
 import click
@@ -67,5 +66,8 @@ def explained(error: click.ClickException) -> str:
 
         known = [name for parameter in context.command.get_params(context) for name in parameter.opts]
         return unknown("option", error.option_name, [name for name in known if name.startswith("--")])
-    message = inspect.cleandoc(error.format_message())
-    return message[:1].lower() + message[1:].rstrip(".")
+    message = error.format_message()
+    message = message[:1].lower() + message[1:].rstrip(".")
+    if message == "missing command" and isinstance(context, click.Context) and isinstance(context.command, click.Group):
+        return f"{message}; known: {', '.join(context.command.commands)}"
+    return message
