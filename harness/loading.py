@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 import sys
+import textwrap
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
@@ -25,7 +26,7 @@ class PluginError(Exception):
 
 def reason_of(error: BaseException) -> str:
     """Why a plugin is broken, in one line."""
-    text = next(iter(str(error).splitlines()), "")
+    text = textwrap.shorten("; ".join(str(error).splitlines()), 400)
     return text if isinstance(error, PluginError | UserError) else f"{type(error).__name__}: {text}"
 
 

@@ -164,7 +164,8 @@ class Registry:
             self._check_hooks(module)
             found = {kind: self._provided(module, kind, base) for kind, base in _KINDS.items()}
         except BaseException:
-            self.manager.unregister(module)
+            if self.manager.is_registered(module):  # pluggy may have refused it halfway
+                self.manager.unregister(module)
             raise
         for kind, things in found.items():
             self._claim(kind, things, plugin)

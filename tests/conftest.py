@@ -1,0 +1,55 @@
+"""Fixtures that all tests share: one seed, no data folder of the user's, no window for figures."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HARNESS_DATA", str(tmp_path_factory.mktemp("data")))
+        patch.setenv("MPLBACKEND", "Agg")
+        yield
+
+
+@pytest.fixture
+def seed() -> int:
+    """The seed of every stochastic test."""
+    return 0
+
+
+@pytest.fixture
+def generator(seed: int) -> torch.Generator:
+    """A fresh random stream on the CPU."""
+    stream = torch.Generator()
+    stream.manual_seed(seed)
+    return stream
+
+
+@pytest.fixture
+def write_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make importlib.metadata see a distribution with one plugin, as if it were installed."""
+
+    def write(name: str, source: str, version: str = "1.0", value: str | None = None) -> None:
+        folder = tmp_path / name
+        module = name.replace("-", "_")
+        information = folder / f"{module}-{version}.dist-info"
+        information.mkdir(parents=True)
+        (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (information / "entry_points.txt").write_text(f"[harness.plugins]\n{name} = {value or module}\n")
+        (folder / f"{module}.py").write_text(source)
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+
+    return write
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
