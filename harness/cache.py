@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import platformdirs
@@ -72,7 +72,7 @@ class Mirror:
     """
 
     url: str
-    suffix: str = ""
+    suffix: Literal["", ".gz"] = ""
 
     @property
     def label(self) -> str:
@@ -80,8 +80,12 @@ class Mirror:
 
     def read(self, files: Sequence[CachedFile]) -> Iterator[tuple[CachedFile, bytes]]:
         for file in files:
-            content = download(f"{self.url}{file.name}{self.suffix}", file.limit)
-            yield file, unpacked(content, file.limit) if self.suffix == ".gz" else content
+            if self.suffix == ".gz":
+                largest = file.limit + file.limit // 100 + 1024  # what cannot be compressed grows a little
+                content = unpacked(download(f"{self.url}{file.name}.gz", largest), file.limit)
+            else:
+                content = download(f"{self.url}{file.name}", file.limit)
+            yield file, content
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,8 @@ class FileSet:
             wanted = self._unusable()
             if not wanted:
                 break
-            _say(f"{self.dataset}: trying {source.label} for {', '.join(file.name for file in wanted)}")
+            self.path.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written fails before the download
+            _say(f"{self.dataset}: {len(wanted)} files wanted, trying {source.label}")
             try:
                 for file, content in source.read(wanted):
                     _verified(file, content)
@@ -185,7 +190,6 @@ def _verified(file: CachedFile, content: bytes) -> np.ndarray:
 
 def _write_atomically(path: Path, content: bytes) -> None:
     """Readers see the old file or the whole new one, also after a crash and when two processes write at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         with temporary.open("xb") as stream:

@@ -40,8 +40,13 @@ def download(url: str, limit: int) -> bytes:
                 if time.monotonic() > deadline:
                     raise DataError(f"not done after {_DOWNLOAD_SECONDS} s")
     except (OSError, http.client.HTTPException) as error:
-        raise DataError(str(error) or type(error).__name__) from None
+        raise DataError(_reason(error)) from None
     return bytes(content)
+
+
+def _reason(error: Exception) -> str:
+    inner = getattr(error, "reason", None)  # what a URLError wraps: its own text hides it in brackets
+    return getattr(inner, "strerror", None) or str(error) or type(error).__name__
 
 
 def unpacked(content: bytes, limit: int) -> bytes:

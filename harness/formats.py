@@ -74,7 +74,7 @@ class BinaryTextFile:
 
     @property
     def limit(self) -> int:
-        return 4 * math.prod(self.shape)  # a digit and at most three bytes of white space for each element
+        return 16 * math.prod(self.shape)  # a digit and the white space around it
 
     def decode(self, content: bytes) -> np.ndarray:
         """Shape ``shape``, uint8, zeros and ones.
@@ -82,8 +82,7 @@ class BinaryTextFile:
         Raises:
             DataError: If the file is truncated, holds anything but bits, or not the expected ones.
         """
-        text = np.frombuffer(content, np.uint8)
-        bits = text[text > ord(" ")] - ord("0")
+        bits = np.frombuffer(content.translate(None, b" \t\r\n"), np.uint8) - ord("0")
         if bits.size and bits.max() > 1:
             raise DataError("has characters other than 0, 1 and blanks")
         if bits.size != math.prod(self.shape):
@@ -104,7 +103,7 @@ _ARRAY_OPCODES = frozenset(
 _ARRAY_GLOBALS = frozenset(["numpy.core.multiarray _reconstruct", "numpy ndarray", "numpy dtype"])
 
 
-def pickled_buffers(content: bytes) -> Iterator[bytes]:
+def pickled_buffers(content: bytes) -> Iterator[memoryview]:
     """The raw bytes of the arrays in a pickle (protocol 2, from Python 2), in their order.
 
     The pickle is taken apart into its opcodes and never run, whatever is in it.
@@ -119,6 +118,6 @@ def pickled_buffers(content: bytes) -> Iterator[bytes]:
                 raise DataError(f"refused: a pickle with something besides arrays ({name} {str(argument)[:40]!r})")
             if name == "BINSTRING" and position is not None and isinstance(argument, str):
                 start = position + 5  # the opcode and a length of four bytes
-                yield content[start : start + len(argument)]
+                yield memoryview(content)[start : start + len(argument)]
     except ValueError as error:
         raise DataError(f"malformed pickle: {error}") from None

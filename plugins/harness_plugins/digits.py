@@ -68,7 +68,8 @@ def _installed_table() -> np.ndarray:
         return np.loadtxt(path, delimiter=",").astype(np.uint8)
     from sklearn.datasets import load_digits
 
-    return np.column_stack(load_digits(return_X_y=True)).astype(np.uint8)
+    pixels, labels = load_digits(return_X_y=True)
+    return np.column_stack([np.asarray(pixels), np.asarray(labels)]).astype(np.uint8)
 
 
 @dataclass(frozen=True, kw_only=True)

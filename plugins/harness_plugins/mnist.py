@@ -64,7 +64,7 @@ class PickleWheel:
         }
 
 
-def _intensities(buffer: bytes) -> np.ndarray:
+def _intensities(buffer: memoryview) -> np.ndarray:
     pixels = 256 * np.frombuffer(buffer, "<f4")
     intensities = pixels.astype(np.uint8)
     if not np.array_equal(intensities, pixels):
@@ -72,7 +72,7 @@ def _intensities(buffer: bytes) -> np.ndarray:
     return intensities
 
 
-def _labels(buffer: bytes) -> np.ndarray:
+def _labels(buffer: memoryview) -> np.ndarray:
     return np.frombuffer(buffer, "<i8").astype(np.uint8)
 
 

@@ -1,0 +1,234 @@
+"""Data, problems and what a method is shown of them: the laws that make a comparison a fair one."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from harness.problem import DatasetSpec, DeviceData, MLPSpec, ModelSpec, Problem, Split, loaded, placed
+from harness.seeding import Streams
+
+CPU = torch.device("cpu")
+
+
+def intensities(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64(seed)).integers(0, 17, (n, 2, 3), dtype=np.uint8)
+
+
+def spec(**changes: Any) -> DatasetSpec:
+    facts = {"levels": 16, "binarisation": "dynamic"} | changes
+    return DatasetSpec("toy", intensities(50, 0), intensities(20, 1), intensities(40, 2), **facts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy(Problem):
+    name: str = "toy"
+    latent_dim: int = 3
+    width: int = 5
+
+    @property
+    def default_budget(self) -> str:
+        return "steps=1"
+
+    def dataset(self) -> DatasetSpec:
+        return spec()
+
+    def model_spec(self) -> ModelSpec:
+        return MLPSpec(latent_dim=self.latent_dim, width=self.width, depth=1)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_a_dynamic_read_is_a_fresh_bernoulli_draw_of_each_element() -> None:
+    values = torch.arange(17, dtype=torch.uint8).reshape(17, 1)
+    split = Split(values, 16, torch.float32, binarise=True)
+    reads = 20_000
+    stream = generator(0)
+    draws = torch.stack([split.read(torch.arange(17), stream)[:, 0] for _ in range(reads)])
+    assert set(draws.unique().tolist()) == {0.0, 1.0}
+    p = torch.arange(17) / 16
+    z = (draws.mean(0) - p) / (p * (1 - p) / reads).sqrt().clamp(min=1e-9)
+    assert z[[0, 16]].eq(0).all()  # never and always
+    assert z.abs().max() < 4.5  # 15 means: beyond 4.5 standard errors once in 10,000 seeds
+    # Consecutive reads of one element are independent: 4.5 standard errors of a correlation are 4.5 / sqrt(reads).
+    correlation = torch.corrcoef(torch.stack([draws[:-1, 8], draws[1:, 8]]))[0, 1]
+    assert abs(correlation) < 4.5 / reads**0.5
+
+
+def test_reads_are_the_same_from_the_same_stream_only() -> None:
+    split = DeviceData.place(spec(), CPU, torch.float32).train
+    rows = torch.arange(len(split))
+    assert torch.equal(split.read(rows, generator(1)), split.read(rows, generator(1)))
+    assert not torch.equal(split.read(rows, generator(1)), split.read(rows, generator(2)))
+
+
+@pytest.mark.parametrize(("levels", "binarisation"), [(16, "none"), (None, "static"), (None, "none")])
+def test_other_reads_are_the_values_and_use_up_no_randomness(levels: int | None, binarisation: Any) -> None:
+    data = spec(levels=levels, binarisation=binarisation)
+    split = DeviceData.place(data, CPU, torch.float64).train
+    stream = generator(0)
+    before = stream.get_state()
+    rows = torch.tensor([7, 7, 0])
+    expected = torch.from_numpy(data.train[rows] / (levels or 1))
+    torch.testing.assert_close(split.read(rows, stream), expected.double(), rtol=0, atol=0)
+    assert torch.equal(stream.get_state(), before)
+
+
+def test_validation_and_test_are_drawn_once_for_all() -> None:
+    first, second = (DeviceData.place(spec(), CPU, dtype) for dtype in (torch.float32, torch.float64))
+    for name in ("validation", "test"):
+        one, other = getattr(first, name), getattr(second, name)
+        assert one.dtype == torch.float32
+        assert other.dtype == torch.float64
+        assert torch.equal(one.double(), other)  # whatever the precision
+        assert set(one.unique().tolist()) == {0.0, 1.0}
+    n = min(len(first.validation), len(first.test))
+    assert not torch.equal(first.validation[:n], first.test[:n])
+    # Possible draws of these intensities, too: never 1 at 0, always 1 at 16.
+    test = torch.from_numpy(spec().test)
+    assert first.test[test == 0].eq(0).all()
+    assert first.test[test == 16].eq(1).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_device_scores_the_same_images() -> None:
+    host, device = (DeviceData.place(spec(), torch.device(name), torch.float32) for name in ("cpu", "cuda"))
+    assert torch.equal(host.test, device.test.cpu())
+    assert torch.equal(host.validation, device.validation.cpu())
+    assert torch.equal(host.scored(10)[1], device.scored(10)[1].cpu())
+
+
+def test_scored_subsets_are_nested_fixed_and_without_repetition() -> None:
+    data = DeviceData.place(spec(), CPU, torch.float32)
+    previous: set[int] = set()
+    for n in range(1, 41):
+        observations, indices = data.scored(n)
+        assert torch.equal(observations, data.test[indices])
+        chosen = set(indices.tolist())
+        assert len(chosen) == n
+        assert previous < chosen
+        previous = chosen
+    assert torch.equal(data.scored(1000)[1], torch.arange(40))
+    assert data.scored(10)[1].tolist() != list(range(10))  # the data may be in the order of their classes
+
+
+def test_the_content_hash_sees_everything_that_a_method_or_an_evaluator_sees() -> None:
+    original = spec()
+    flipped = original.test.copy()
+    flipped[3, 1, 2] ^= 1
+    others = [
+        dataclasses.replace(original, test=flipped),
+        dataclasses.replace(original, train=original.train[::-1]),
+        dataclasses.replace(original, train=original.train.astype(np.uint16)),
+        dataclasses.replace(original, train=original.train.reshape(50, 3, 2)),
+        dataclasses.replace(original, train=original.train[:-1], validation=original.train),
+        dataclasses.replace(original, train=original.validation, validation=original.train),
+        dataclasses.replace(original, levels=17),
+        dataclasses.replace(original, binarisation="none"),
+        dataclasses.replace(original, exhaustive=True),
+    ]
+    hashes = [original.content_hash, *(other.content_hash for other in others)]
+    assert len(set(hashes)) == len(hashes)
+
+
+def test_the_content_hash_sees_nothing_else() -> None:
+    original = spec()
+    shuffled = np.asfortranarray(original.train)
+    same = dataclasses.replace(original, name="other", train=shuffled, test_labels=np.arange(40))
+    assert same.content_hash == original.content_hash == spec().content_hash
+
+
+def test_decoder_weights_do_not_depend_on_the_method_or_on_what_was_drawn_before() -> None:
+    problem = Toy()
+    data = placed(problem, CPU, torch.float32)
+
+    def weights(seed: int, method: str) -> Tensor:
+        view = problem.training_view(data, Streams(seed, problem.label, method, CPU))
+        return torch.cat([parameter.detach().flatten() for parameter in view.model.parameters()])
+
+    first = weights(0, "vae")
+    torch.rand(3)
+    assert torch.equal(first, weights(0, "avb"))
+    assert not torch.equal(first, weights(1, "vae"))
+
+
+def test_drawing_initial_weights_leaves_the_global_stream_alone() -> None:
+    problem = Toy()
+    data = placed(problem, CPU, torch.float32)
+    before = torch.get_rng_state()
+    problem.training_view(data, Streams(0, problem.label, "vae", CPU))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def reachable(thing: object, seen: dict[int, object]) -> dict[int, object]:
+    """Everything that can be had from an object through attributes, items and elements."""
+    if id(thing) in seen or isinstance(thing, str | int | float | type | None):
+        return seen
+    seen[id(thing)] = thing
+    inner: list[object] = list(getattr(thing, "__dict__", {}).values())
+    if isinstance(thing, dict):
+        inner += thing.values()
+    elif isinstance(thing, list | tuple | set):
+        inner += thing
+    for item in inner:
+        reachable(item, seen)
+    return seen
+
+
+def test_a_method_is_shown_no_test_data() -> None:
+    problem = Toy()
+    data = placed(problem, CPU, torch.float32)
+    view = problem.training_view(data, Streams(0, problem.label, "vae", CPU))
+    found = list(reachable(view, {}).values())
+    assert any(thing is data.train.values for thing in found)  # shared, not copied; and the search does search
+    for thing in found:
+        assert not isinstance(thing, DatasetSpec | DeviceData | Problem | np.ndarray)
+        if isinstance(thing, Tensor):
+            assert thing.data_ptr() != data.test.data_ptr()
+            assert thing.shape != data.test.shape
+
+
+def test_equal_problems_share_one_copy_of_the_data() -> None:
+    assert loaded(Toy()) is loaded(Toy())
+    assert placed(Toy(), CPU, torch.float32) is placed(Toy(), CPU, torch.float32)
+    assert placed(Toy(), CPU, torch.float32) is not placed(Toy(), CPU, torch.float64)
+
+
+def test_the_spec_hash_tells_problems_apart_by_what_they_are() -> None:
+    assert Toy().spec_hash == Toy(latent_dim=3).spec_hash
+    assert len({Toy().spec_hash, Toy(latent_dim=4).spec_hash, Toy(width=6).spec_hash}) == 3
+
+
+@pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
+@pytest.mark.parametrize("pair", ["residual", "inner-product"])
+def test_networks_of_a_spec_fit_together_and_every_parameter_is_used(likelihood: Any, pair: Any) -> None:
+    latent_dim, noise_dim, n, samples = 3, 4, 6, 5
+    networks = MLPSpec(latent_dim=latent_dim, width=7, depth=2, likelihood=likelihood, pair=pair, pair_width=8)
+    x = torch.rand(n, 2, 3)
+    model = networks.new_model((2, 3))
+    encoder, pair_trunk = networks.encoder_trunk((2, 3), noise_dim), networks.pair_trunk((2, 3))
+    z = torch.randn(samples, n, latent_dim)
+    features: Tensor = encoder(x, torch.randn(samples, n, noise_dim))
+    pairs: Tensor = pair_trunk(x, z)
+    assert features.shape == (samples, n, encoder.features)
+    assert pairs.shape == (samples, n, pair_trunk.features)
+    log_likelihood = model.log_likelihood(x, z)
+    assert log_likelihood.shape == (samples, n)
+    # The second layers of residual blocks start at zero: disturb them, else what is below gets no gradient.
+    with torch.no_grad():
+        for parameter in pair_trunk.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    (features.square().sum() + pair_trunk(x, z).square().sum() + log_likelihood.sum()).backward()
+    for module in (model, encoder, pair_trunk):
+        for name, parameter in module.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().sum() > 0, name
