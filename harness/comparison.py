@@ -202,10 +202,10 @@ def _execute(comparison: Comparison, store: Store, progress: Progress) -> pd.Dat
     def work(task: tuple[Job, PlannedJob]) -> None:
         job, entry = task
         progress.job_started(next(counter), entry)
-        _notify(comparison.registry, "harness_job_started", job=job)
+        comparison.registry.notify("harness_job_started", job=job)
         outcome = run_job(job, entry.waiting, store, facts, _reporter(progress), progress.measuring)
         progress.job_finished(entry, outcome.status, outcome.reason)
-        _notify(comparison.registry, "harness_job_finished", job=job, outcome=outcome)
+        comparison.registry.notify("harness_job_finished", job=job, outcome=outcome)
 
     progress.started(len(tasks))
     try:
@@ -222,13 +222,6 @@ def _of(comparison: Comparison, records: pd.DataFrame) -> pd.DataFrame:
     names = {by.name for by in comparison.evaluators}
     mine = records[records["job_id"].isin(order) & (records["evaluator"].isin(names) | records["evaluator"].isna())]
     return mine.sort_values("job_id", key=lambda ids: ids.map(order), kind="stable").reset_index(drop=True)
-
-
-def _notify(registry: Registry, hook: str, **arguments: Any) -> None:
-    try:
-        getattr(registry.manager.hook, hook)(**arguments)
-    except Exception as error:  # whoever only watches must not stop the work
-        log.warning("a plugin's %s failed: %s: %s", hook, type(error).__name__, error)
 
 
 def _reporter(progress: Progress) -> Any:
