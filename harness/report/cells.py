@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from harness.report.tables import MethodRow, Table
-from harness.statistics import DENSITY_RATIO, Difference, Spread
+from harness.report import tables
+from harness.report.tables import Issue, MethodRow, Table
+from harness.statistics import DENSITY_RATIO, Spread
 
 MARKS = {
     "exact": "=",
@@ -65,32 +68,46 @@ def significant(number: float) -> int:
     return max(0, 2 - math.floor(math.log10(abs(number)))) if math.isfinite(number) and number != 0 else 0
 
 
-def plus_minus(error: float, places: int) -> str:
-    return f"±{error:.{places}f}" if math.isfinite(error) else ""
+class Cell(NamedTuple):
+    """A number as texts.
+
+    Args:
+        mark: Of its kind, or a sign; empty for timings.
+        error: Spread over seeds or standard error; empty if unknown.
+        flag: Points to a note or to the legend.
+    """
+
+    number: str
+    mark: str = ""
+    error: str = ""
+    flag: str = ""
 
 
-def estimate_cell(row: MethodRow, column: str, places: int) -> tuple[str, str]:
-    """Number with the mark of its kind, and its spread over seeds."""
+def _error(error: float, places: int) -> str:
+    return f"{error:.{places}f}" if math.isfinite(error) else ""
+
+
+def estimate_cell(row: MethodRow, column: str, places: int) -> Cell:
     estimate = row.shown.get(column)
     if estimate is None:
-        return MISSING, ""
+        return Cell(MISSING)
     flag = EXCEEDS if column == "elbo" and row.exceeds else ""
-    return mark(estimate.kind) + fixed(estimate.value, places), plus_minus(estimate.spread, places) + flag
+    return Cell(fixed(estimate.value, places), mark(estimate.kind), _error(estimate.spread, places), flag)
 
 
-def difference_cell(difference: Difference | None, places: int) -> tuple[str, str]:
-    """Signed difference, and its standard error."""
+def difference_cell(table: Table, row: MethodRow, places: int) -> Cell:
+    difference = row.difference
     if difference is None:
-        return MISSING, ""
-    return f"{difference.value:+.{places}f}", plus_minus(difference.stderr, places) + ONE_SEED * difference.one_seed
+        return Cell("first" if row is table.rows[0] else MISSING)
+    flag = ONE_SEED if difference.one_seed else ""
+    return Cell(f"{difference.value:+.{places}f}", "", _error(difference.stderr, places), flag)
 
 
-def spread_cell(spread: Spread | None) -> tuple[str, str]:
-    """A timing and its spread over seeds."""
+def timing_cell(spread: Spread | None) -> Cell:
     if spread is None:
-        return MISSING, ""
+        return Cell(MISSING)
     places = significant(spread.value)
-    return fixed(spread.value, places), plus_minus(spread.spread, places)
+    return Cell(fixed(spread.value, places), "", _error(spread.spread, places))
 
 
 def seeds(row: MethodRow) -> str:
@@ -123,9 +140,9 @@ def _scored(row: MethodRow) -> Sequence[int]:
     return row.shown["log_likelihood"].n_observations if "log_likelihood" in row.shown else ()
 
 
-def legend(tables: Sequence[Table]) -> list[str]:
+def legend(built: Sequence[Table]) -> list[str]:
     """Explains the marks that occur, and only those."""
-    rows = [row for table in tables for row in table.rows]
+    rows = [row for table in built for row in table.rows]
     kinds = {estimate.kind for row in rows for estimate in row.shown.values()}
     known = [f"{MARKS[kind]} {kind}" for kind in MARKS if kind in kinds]
     known += [f"? {kind}" for kind in sorted(kinds - MARKS.keys())]
@@ -148,24 +165,27 @@ def notes(table: Table) -> list[str]:
         *(_excess_note(table, row) for row in table.rows if row.exceeds),
         *_pairing_notes(table),
         *(_mixed_note(column, values) for column, values in table.mixed.items()),
-        *([f"left out: {table.left_out} older fits of the same runs"] if table.left_out else []),
+        *([f"left out: older fits of the same runs ({table.left_out})"] if table.left_out else []),
     ]
 
 
+def issues(table: Table) -> list[tuple[Issue, str]]:
+    """What gave no number, each once with the seeds that it happened to."""
+    grouped: dict[Issue, list[int]] = {}
+    for issue in (issue for row in table.rows for issue in row.issues):
+        grouped.setdefault(dataclasses.replace(issue, seed=0), []).append(issue.seed)
+    return [(issue, _seed_list(found)) for issue, found in grouped.items()]
+
+
 def _issue_notes(table: Table) -> list[str]:
-    """Fits and evaluators that gave no number. Skips of evaluators are told where they leave a hole in the table."""
-    grouped: dict[tuple[str, str, str, str], list[int]] = {}
-    for row in table.rows:
-        whole = len(row.shown) == len(HEADINGS)
-        for issue in row.issues:
-            if not (issue.evaluator and issue.status == "skipped" and whole):
-                grouped.setdefault((issue.label, issue.evaluator, issue.status, issue.reason), []).append(issue.seed)
-    return [_issue_note(*key, seeds=found) for key, found in grouped.items()]
-
-
-def _issue_note(label: str, evaluator: str, status: str, reason: str, *, seeds: Sequence[int]) -> str:
-    what = f"{one_line(label)}, {evaluator}" if evaluator else one_line(label)
-    return f"{what}: {status} ({_seed_list(seeds)}): {one_line(reason)}"
+    """Skips of evaluators are told only where they leave a hole in the table."""
+    whole = {row.label for row in table.rows if row.shown.keys() >= tables.COLUMNS.keys()}
+    told: list[str] = []
+    for issue, found in issues(table):
+        if not (issue.evaluator and issue.status == "skipped" and issue.label in whole):
+            what = f"{one_line(issue.label)}, {issue.evaluator}" if issue.evaluator else one_line(issue.label)
+            told.append(f"{what}: {issue.status} ({found}): {one_line(issue.reason)}")
+    return told
 
 
 def _seed_list(seeds: Sequence[int]) -> str:

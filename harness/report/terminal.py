@@ -13,6 +13,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from harness.report import cells, tables
+from harness.report.build import tables_of
 from harness.report.tables import MethodRow, Table
 from harness.statistics import DENSITY_RATIO
 
@@ -33,12 +34,12 @@ def print_tables(
             the one that was started first.
     """
     write = _Writer(console.options.ascii_only)
-    built = tables.build(records, examples, job_order)
+    built = tables_of(records, examples, job_order)
     for table in built:
         console.print(write(cells.one_line(table.key.problem), "bold"), write(cells.title(table)), sep="  ")
         console.print(_rich(table, write))
         for note in cells.notes(table):
-            console.print(Padding(write(note, "yellow"), (0, 0, 0, 2)))
+            console.print(Padding(write(note, "yellow"), (0, 0, 0, 2), expand=False))
         console.print()
     for line in cells.legend(built):
         console.print(write(line, "dim"))
@@ -82,13 +83,12 @@ def _cells(table: Table, row: MethodRow, places: Mapping[str, int], write: _Writ
             text.stylize("yellow")
     if row.best:
         scores["log_likelihood"].stylize("bold")
-    first = row is table.rows[0]
-    difference = ("first", "") if first else cells.difference_cell(row.difference, places["log_likelihood"])
-    timings = [cells.spread_cell(spread) for spread in (row.fit_seconds, row.steps_per_second)]
+    difference = cells.difference_cell(table, row, places["log_likelihood"])
+    timings = [cells.timing_cell(spread) for spread in (row.fit_seconds, row.steps_per_second)]
     score, *others = scores.values()
     return [name, score, _two_lines(write, difference), *others, *(_two_lines(write, timing) for timing in timings)]
 
 
-def _two_lines(write: _Writer, cell: tuple[str, str]) -> Text:
-    number, error = cell
-    return write(number).append_text(write(f"\n{error}", "dim"))
+def _two_lines(write: _Writer, cell: cells.Cell) -> Text:
+    error = f"±{cell.error}" if cell.error else ""
+    return write(cell.mark + cell.number).append_text(write(f"\n{error}{cell.flag}", "dim"))

@@ -1,0 +1,233 @@
+"""Tables from records and values per observation: which rows are compared, by which estimator, and who is ahead."""
+
+# pyright: reportMissingTypeStubs=false
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import pandas as pd
+
+from harness import statistics
+from harness.report.tables import COLUMNS, Issue, MethodRow, Table, TableKey
+from harness.statistics import DENSITY_RATIO, Difference, Estimate, Row, Spread, Values
+
+UNIFORM = ("hardware", "threads", "torch_version", "git_commit", "plugin_version")
+"""Columns whose values should be the same throughout a table; a note says so where they are not."""
+
+RunKey = tuple[str, str]
+"""Method's name and configuration (JSON)."""
+
+K = TypeVar("K", TableKey, RunKey, str)
+
+
+def tables_of(records: pd.DataFrame, examples: pd.DataFrame, job_order: Sequence[str] = ()) -> list[Table]:
+    """All tables of a comparison or of a store. The order of the rows of ``records`` does not matter.
+
+    Args:
+        records: Columns as in `harness.record.COLUMNS`.
+        examples: Values per observation: job_id, evaluator, metric, index, value, stderr.
+        job_order: Job ids in the order of a plan. Methods and problems are shown in the order of their first jobs
+            there; those that are not there follow in the order in which they were started.
+    """
+    rows = statistics.rows(records)
+    plan = {job_id: position for position, job_id in reversed(list(enumerate(job_order)))}
+    runs = _in_order(rows, _run_key, plan)
+    kept, older = statistics.latest(rows)
+    groups: dict[TableKey, dict[RunKey, list[Row]]] = {}
+    for row in kept:
+        groups.setdefault(_table_key(row), {}).setdefault(_run_key(row), []).append(row)
+    values, labels = statistics.values_per_observation(examples), labelled(runs)
+    problems = _in_order(rows, lambda row: row["problem"], plan)
+    keys = sorted(_in_order(kept, _table_key, plan), key=lambda key: problems.index(key.problem))
+    return [
+        _table(key, {labels[run]: groups[key][run] for run in runs if run in groups[key]}, values, older)
+        for key in keys
+    ]
+
+
+def labelled(runs: Sequence[RunKey]) -> dict[RunKey, str]:
+    """The method's name and, in brackets, the options in which the runs of that method differ."""
+    options = {run: json.loads(run[1] or "{}") for run in runs}
+    labels: dict[RunKey, str] = {}
+    for run in runs:
+        same = [options[other] for other in runs if other[0] == run[0]]
+        keys = dict.fromkeys(key for config in same for key in config)
+        differing = [key for key in keys if len({_text(config.get(key, "unset")) for config in same}) > 1]
+        inside = ",".join(f"{key}={_text(options[run].get(key, 'unset'))}" for key in differing)
+        labels[run] = f"{run[0]}[{inside}]" if inside else run[0]
+    return labels
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _in_order(rows: Sequence[Row], key: Callable[[Row], K], plan: Mapping[str, int]) -> list[K]:
+    """The distinct keys of the rows, by their first job: as planned, else as started."""
+    first: dict[K, tuple[int, str]] = {}
+    for row in rows:
+        place = (plan.get(row["job_id"], len(plan)), row["started_at"] or "")
+        first[key(row)] = min(place, first.get(key(row), place))
+    return sorted(first, key=lambda found: (first[found], found))
+
+
+def _run_key(row: Row) -> RunKey:
+    return row["method"], row["config"] or ""
+
+
+def _table_key(row: Row) -> TableKey:
+    return TableKey(**{column.name: row[column.name] or "" for column in dataclasses.fields(TableKey)})
+
+
+def _table(
+    key: TableKey,
+    runs: Mapping[str, Sequence[Row]],
+    values: Mapping[tuple[str, str, str], Values],
+    older: Mapping[tuple[Any, ...], int],
+) -> Table:
+    estimates = {label: statistics.estimates(rows) for label, rows in runs.items()}
+    evaluator = statistics.log_likelihood_estimator(list(estimates.values())) or ""
+    identities = {statistics.identity(row) for rows in runs.values() for row in rows}
+    table = Table(
+        key=key,
+        rows=[_row(label, rows, estimates[label], evaluator) for label, rows in runs.items()],
+        evaluator=evaluator,
+        decoder_parameters=_joined(
+            [row for rows in runs.values() for row in rows], lambda row: _whole(row["decoder_parameters"])
+        ),
+        left_out=sum(older.get(found, 0) for found in identities),
+        mixed=_mixed(runs),
+    )
+    return _compared(table, values)
+
+
+def _row(label: str, rows: Sequence[Row], estimates: Sequence[Estimate], evaluator: str) -> MethodRow:
+    statuses, jobs = _jobs(rows)
+    by_seed = {int(row["seed"]): row for row in rows}
+    timed = [by_seed[seed] for seed in jobs if by_seed[seed]["timing_valid"]]
+    comparable = [found for found in estimates if found.metric != "log_likelihood" or found.evaluator == evaluator]
+    shown = {column: statistics.choose(comparable, metrics) for column, metrics in COLUMNS.items()}
+    return MethodRow(
+        label=label,
+        method=rows[0]["method"],
+        config=rows[0]["config"] or "{}",
+        plugin=_joined(rows, lambda row: f"{row['plugin'] or ''} {row['plugin_version'] or ''}".strip()),
+        parameters=_joined(rows, lambda row: _whole(row["method_parameters"])),
+        statuses=statuses,
+        jobs=jobs,
+        estimates=estimates,
+        shown={column: estimate for column, estimate in shown.items() if estimate},
+        fit_seconds=_timing(timed, "fit_seconds"),
+        steps_per_second=_timing(timed, "steps_per_second"),
+        issues=_issues(label, rows),
+    )
+
+
+def _jobs(rows: Sequence[Row]) -> tuple[dict[int, str], dict[int, str]]:
+    """Status of each seed's job, and ids of those that are ok. A job that has measurements is ok."""
+    statuses, jobs = dict[int, str](), dict[int, str]()
+    for row in sorted(rows, key=lambda row: int(row["seed"])):
+        status = "ok" if row["evaluator"] else row["status"]
+        statuses[int(row["seed"])] = status
+        if status == "ok":
+            jobs[int(row["seed"])] = row["job_id"]
+    return statuses, jobs
+
+
+def _timing(rows: Sequence[Row], column: str) -> Spread | None:
+    found = [float(row[column]) for row in rows if row[column] is not None]
+    return statistics.spread(found) if found else None
+
+
+def _joined(rows: Sequence[Row], text: Callable[[Row], str]) -> str:
+    return ", ".join(sorted({text(row) for row in rows} - {""}))
+
+
+def _whole(number: Any) -> str:
+    return "" if number is None else f"{int(number):,}"
+
+
+def _issues(label: str, rows: Sequence[Row]) -> list[Issue]:
+    finite = {id(row) for row in statistics.measured(rows)}
+    issues: set[Issue] = set()
+    for row in rows:
+        status, reason = row["status"], row["reason"] or ""
+        if status == "ok" and row["metric"] and id(row) not in finite:
+            status, reason = "failed", f"{row['metric']} is not finite"
+        if status != "ok":
+            by = row["evaluator"] or ""
+            issues.add(Issue(label=label, seed=int(row["seed"]), evaluator=by, status=status, reason=reason))
+    return sorted(issues, key=lambda issue: (issue.evaluator, issue.status, issue.reason, issue.seed))
+
+
+def _mixed(runs: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, list[str]]]:
+    """Columns that should be uniform and are not: their values, each with the labels of the rows that have it."""
+    mixed: dict[str, dict[str, list[str]]] = {}
+    plugins = {row["plugin"] for rows in runs.values() for row in rows}
+    for column in UNIFORM:
+        found: dict[str, dict[str, None]] = {}
+        for label, rows in runs.items():
+            for row in rows:
+                value = f"{row['plugin']} {row[column]}" if column == "plugin_version" else f"{row[column] or ''}"
+                found.setdefault(value, {})[label] = None
+        if len(found) > (len(plugins) if column == "plugin_version" else 1):
+            mixed[column] = {value: list(labels) for value, labels in sorted(found.items())}
+    return mixed
+
+
+# Comparison of rows
+
+
+def _compared(table: Table, values: Mapping[tuple[str, str, str], Values]) -> Table:
+    """The table with paired differences, the best row and the bounds that cannot be."""
+    scores = {row.label: _of_seeds(row, row.shown.get("log_likelihood"), values) for row in table.rows}
+    bounds = {row.label: _of_seeds(row, row.shown.get("elbo"), values) for row in table.rows}
+
+    def difference(first: MethodRow, second: MethodRow) -> Difference | None:
+        return statistics.paired_difference(scores[first.label], scores[second.label], exhaustive=table.exhaustive)
+
+    best = _best(table, difference)
+    reference = table.rows[0]
+    rows = [
+        dataclasses.replace(
+            row,
+            difference=None if row is reference else difference(row, reference),
+            exceeds=[
+                seed
+                for seed, score in scores[row.label].items()
+                if seed in bounds[row.label] and statistics.excess(bounds[row.label][seed], score)
+            ],
+            best=row is best,
+        )
+        for row in table.rows
+    ]
+    return dataclasses.replace(table, rows=rows)
+
+
+def _of_seeds(
+    row: MethodRow, estimate: Estimate | None, values: Mapping[tuple[str, str, str], Values]
+) -> dict[int, Values]:
+    if estimate is None:
+        return {}
+    keys = {seed: (job_id, estimate.evaluator, estimate.metric) for seed, job_id in row.jobs.items()}
+    return {seed: values[key] for seed, key in keys.items() if key in values}
+
+
+def _best(table: Table, difference: Callable[[MethodRow, MethodRow], Difference | None]) -> MethodRow | None:
+    """The row whose log-likelihood is ahead of every other's beyond the noise, if there is one.
+
+    There is none where kinds differ or are density ratios, where a pair shares one seed only, and where the leader has
+    a seed that did not end well: the rest would flatter it.
+    """
+    ranked = {row.label: row.shown["log_likelihood"] for row in table.rows if "log_likelihood" in row.shown}
+    kinds = {estimate.kind for estimate in ranked.values()}
+    if len(ranked) < 2 or len(kinds) > 1 or DENSITY_RATIO in kinds:
+        return None
+    rows = [row for row in table.rows if row.label in ranked]
+    leader = max(rows, key=lambda row: ranked[row.label].value)
+    ahead = [difference(leader, row) for row in rows if row is not leader]
+    complete = ranked[leader.label].seeds == len(leader.statuses)
+    return leader if complete and all(d is not None and d.beyond_noise and d.value > 0 for d in ahead) else None

@@ -1,0 +1,174 @@
+"""Figures of a report: training curves and paired differences. Matplotlib's objects, never its global state."""
+
+# pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from harness.report.cells import one_line
+from harness.report.tables import MethodRow, Table
+from harness.statistics import Difference
+
+Array = NDArray[np.float64]
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+"""Distinct for the colour-blind too: Okabe and Ito 2008, without the yellow that is lost on white."""
+
+MUTED = (
+    "#CC6677", "#332288", "#DDCC77", "#117733", "#88CCEE", "#882255", "#44AA99", "#999933", "#AA4499", "#777777",
+)  # fmt: skip
+"""Ten more, for classes and for the eighth method and on: Paul Tol's "muted", https://personal.sron.nl/~pault"""
+
+SETTLED = 0.1
+"""The part of a training curve that does not decide the vertical range: first values are huge."""
+
+RESOLUTION = 150  # dots per inch
+
+
+class Source(Protocol):
+    """What a report needs of a store."""
+
+    def records(self) -> pd.DataFrame: ...
+    def examples(self) -> pd.DataFrame: ...
+    def curve(self, job_id: str) -> pd.DataFrame: ...
+    def gallery(self, job_id: str) -> Mapping[str, np.ndarray]: ...
+
+
+def colours(tables: Sequence[Table]) -> dict[str, str]:
+    """One colour per method, the same in every figure of a report."""
+    labels = dict.fromkeys(row.label for table in tables for row in table.rows)
+    return dict(zip(labels, itertools.cycle(PALETTE + MUTED), strict=False))
+
+
+def save(figure: Figure, path: Path) -> None:
+    FigureCanvasAgg(figure)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=RESOLUTION, bbox_inches="tight", metadata={"Software": None})
+
+
+def plain(text: str) -> str:
+    """Text that matplotlib prints as it is: no mathematics between dollars, no label hidden by an underscore."""
+    shown = one_line(text, 60).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.9", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+# Training curves
+
+
+def curves(table: Table, store: Source, colour: Mapping[str, str]) -> Figure | None:
+    """Validation objective against steps and against seconds; thin lines are seeds, the thick one is their mean."""
+    found = {row.label: _validation_curves(row, store) for row in table.rows}
+    shown = [row for row in table.rows if found[row.label]]
+    if not shown:
+        return None
+    figure = Figure(figsize=(9, 3.9), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True, squeeze=False)[0]
+    for row in shown:
+        for axes, column in zip(panels, (0, 1), strict=True):
+            _draw_curves(axes, row, found[row.label], column, colour[row.label])
+    for axes, label in zip(panels, ("training steps", "seconds of training (validation apart)"), strict=True):
+        axes.set_xlabel(label)
+        axes.set_xlim(left=0)
+        tidy(axes)
+    panels[0].set_ylabel("validation objective\n[nats per observation, lower is better]")
+    panels[0].set_ylim(_vertical_range([curve for row in shown for curve in found[row.label]]))
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=min(3, len(labels)), frameon=False)
+    return figure
+
+
+def _validation_curves(row: MethodRow, store: Source) -> list[Array]:
+    """Step, seconds and validation objective of each seed, shape (3, T); seeds without any are left out."""
+    found: list[Array] = []
+    for job_id in row.jobs.values():
+        try:
+            table = store.curve(job_id)
+        except (OSError, ValueError):  # never written, or damaged: the figure goes without it
+            continue
+        curve = np.stack(
+            [np.asarray(cast(Any, table[name]), dtype=float) for name in ("step", "seconds", "validation")]
+        )
+        curve = curve[:, np.isfinite(curve).all(axis=0)]
+        if curve.shape[1]:
+            found.append(curve)
+    return found
+
+
+def _draw_curves(axes: Axes, row: MethodRow, found: Sequence[Array], column: int, colour: str) -> None:
+    style = "--" if row.density_ratio else "-"
+    if len(found) > 1:
+        for curve in found:
+            axes.plot(curve[column], curve[2], style, color=colour, linewidth=0.8, alpha=0.4)
+    mean = _mean_curve(found)
+    label = plain(row.label) + (" (density ratio: no bound)" if row.density_ratio else "")
+    axes.plot(mean[column], mean[2], style, color=colour, linewidth=2, label=label)
+    axes.plot(mean[column][-1:], mean[2][-1:], "o", color=colour, markersize=5)
+
+
+def _mean_curve(found: Sequence[Array]) -> Array:
+    """Over the steps at which all seeds were checked; the first seed's curve if there are none."""
+    steps = found[0][0]
+    for curve in found[1:]:
+        steps = np.intersect1d(steps, curve[0])
+    if len(steps) == 0:
+        return found[0]
+    return np.stack([curve[:, np.isin(curve[0], steps)] for curve in found]).mean(axis=0)
+
+
+def _vertical_range(found: Sequence[Array]) -> tuple[float, float]:
+    """Shows nearly everything after the first tenth of each curve; a rare spike leaves the figure at the top."""
+    settled = [curve[2][curve[0] > SETTLED * curve[0][-1]] for curve in found]
+    low = min(float(values.min()) for values in settled)
+    high = max(float(np.quantile(values, 0.9)) for values in settled)
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - margin, high + margin
+
+
+# Paired differences
+
+
+def differences(table: Table, colour: Mapping[str, str]) -> Figure | None:
+    """Log-likelihood less that of the first row: mean with two standard errors, and a small mark for each seed."""
+    rows = [row for row in table.rows if row.difference]
+    if not rows:
+        return None
+    figure = Figure(figsize=(7.5, 1.3 + 0.45 * len(rows)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axvline(0, color="0.3", linewidth=1)
+    for position, row in enumerate(rows):
+        _draw_difference(axes, position, cast(Difference, row.difference), colour[row.label])
+    axes.set_yticks(range(len(rows)), [plain(row.label) for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_xlabel(
+        f"log p(x) less that of {plain(table.rows[0].label)} [nats per observation, right is better]\n"
+        "mean, one (thick) and two standard errors; crosses are seeds"
+    )
+    tidy(axes)
+    return figure
+
+
+def _draw_difference(axes: Axes, position: int, difference: Difference, colour: str) -> None:
+    seeds = list(difference.per_seed.values())
+    axes.plot(seeds, [position + 0.22] * len(seeds), "x", color=colour, markersize=4, alpha=0.8)
+    if math.isfinite(difference.stderr):
+        for factor, width in ((2, 1.5), (1, 4)):
+            reach = [difference.value - factor * difference.stderr, difference.value + factor * difference.stderr]
+            axes.plot(reach, [position, position], color=colour, linewidth=width, solid_capstyle="butt")
+    axes.plot([difference.value], [position], "o", color=colour, markersize=7)
