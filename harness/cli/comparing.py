@@ -1,6 +1,5 @@
 """The commands that run, measure and report comparisons."""
 
-# pyright: reportMissingTypeStubs=false
 from __future__ import annotations
 
 import dataclasses

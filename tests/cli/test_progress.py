@@ -1,0 +1,105 @@
+"""Progress, with a clock of the tests' own."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import pytest
+from rich.console import Console
+
+from harness.cli.progress import LiveProgress, PlainProgress, Tally, clock
+from harness.planning import PlannedJob
+
+JOB = PlannedJob(
+    "0" * 16, "digits[latent_dim=2]", "avb", "avb[lr=0.0001]", {"lr": 1e-4}, 1, "steps=5000", "", waiting=()
+)  # fmt: skip
+
+
+class Time:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0:00"), (7.4, "0:07"), (59.6, "1:00"), (754, "12:34"), (3723, "1:02:03"), (math.nan, "?"), (math.inf, "?")],
+)
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def test_remaining_times_are_those_of_steady_work() -> None:
+    time = Time()
+    tally = Tally(time)
+    tally.start(4)
+    assert tally.all_left() == "?"
+    time.now = 60.0
+    tally.start_job(JOB)
+    tally.finish_job()  # one of four in a minute
+    assert tally.all_left() == "3:00"
+    tally.start_job(JOB)
+    assert tally.job_left() == "?"
+    tally.advance(0.25, 100, -1.5, 10.0)
+    assert tally.job_left() == "0:30"
+    time.now = 75.0
+    assert tally.all_left() == "2:45"
+    assert tally.fit_facts() == ["25%", "objective -1.500", "0:30 left", "10 steps/s"]
+
+
+def test_plain_lines_are_few(capsys: pytest.CaptureFixture[str]) -> None:
+    time = Time()
+    progress = PlainProgress(Tally(time))
+    progress.started(2)
+    progress.job_started(1, JOB)
+    for second in range(1, 36):
+        time.now = float(second)
+        progress.step(second / 35, 100 * second, 3.25, float(second))
+    progress.measuring("importance")
+    progress.job_finished(JOB, "failed", "RuntimeError: half-way")
+    progress.finished()
+    said = capsys.readouterr()
+    assert said.out == ""
+    lines = said.err.splitlines()
+    assert len(lines) == 5  # start, after 10, 20 and 30 seconds, end
+    assert lines[0] == "[1/2] avb[lr=0.0001] on digits[latent_dim=2], seed 1: started"
+    assert "step 1000, 29%, objective 3.250, 0:25 left, 100 steps/s, all jobs: 1:00 left" in lines[1]
+    assert lines[-1].endswith("failed after 0:35: RuntimeError: half-way")
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 140])
+def test_live_lines_fit_the_terminal_and_keep_the_essentials(width: int) -> None:
+    screen = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    progress = LiveProgress(screen, Tally(Time()))
+    progress.tally.start(12)
+    progress.job_started(1, JOB)
+    progress.step(0.5, 2000, -23.4512, 10.0)
+    with screen.capture() as capture:
+        screen.print(progress.drawn())
+    lines = capture.get().splitlines()
+    assert len(lines) == 2
+    assert all(len(line) <= width for line in lines)
+    assert "objective -23.451" in lines[0]
+    assert "0:10 left" in lines[0]
+    assert "0 of 12 jobs" in lines[1]
+    if width >= 100:
+        assert "avb[lr=0.0001]" in lines[0]
+        assert "200 steps/s" in lines[0]
+
+
+def test_live_progress_tells_of_failures_and_leaves_the_screen_clean() -> None:
+    file = io.StringIO()
+    progress = LiveProgress(Console(width=100, file=file, force_terminal=True, color_system=None))
+    progress.started(2)
+    for status, reason in (("ok", ""), ("failed", "RuntimeError: [half-way]")):
+        progress.job_started(1, JOB)
+        progress.measuring("exact")
+        progress.job_finished(JOB, status, reason)
+    progress.finished()
+    text = file.getvalue()
+    assert "seed 1: failed: RuntimeError: [half-way]" in text
+    assert ": ok" not in text
+    assert text.endswith("\x1b[2K") or text.rstrip().endswith("\x1b[2K")  # the bars are wiped
