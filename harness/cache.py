@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,7 @@ class FileSet:
             wanted = self._unusable()
             if not wanted:
                 break
-            self.path.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written fails before the download
+            _prepare(self.path)
             _say(f"{self.dataset}: {len(wanted)} files wanted, trying {source.label}")
             try:
                 for file, content in source.read(wanted):
@@ -186,6 +187,14 @@ def _verified(file: CachedFile, content: bytes) -> np.ndarray:
     if len(content) > file.limit:
         raise DataError(f"larger than {file.name} can be ({file.limit:,} bytes)")
     return file.decode(content)
+
+
+def _prepare(folder: Path) -> None:
+    """Make the folder, before any download, and clear what fetches that were killed have left behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for partial in folder.glob(".*.part"):
+        if time.time() - partial.stat().st_mtime > 24 * 3600:
+            partial.unlink(missing_ok=True)
 
 
 def _write_atomically(path: Path, content: bytes) -> None:

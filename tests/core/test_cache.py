@@ -141,12 +141,19 @@ def test_a_failing_source_is_followed_by_the_next_and_every_reason_is_told(
     dead = Mirror(f"{(tmp_path / 'nowhere').as_uri()}/", ".gz")
     page = mirror("page", lambda _: b"<html>Please sign in</html>")
     cut = mirror("cut", lambda content: content[:-4])
+    endless = mirror("endless", lambda _: os.urandom(5000))
     bomb = mirror("bomb", lambda _: gzip.compress(bytes(1 << 19)))
-    liars = [dead, page, cut, bomb, Given([b"x" * 40, b"y" * 15])]
+    liars = [dead, page, cut, endless, bomb, Given([b"x" * 40, b"y" * 15])]
     with pytest.raises(DataError) as caught:
         files.fetch(liars)
     message = str(caught.value)
-    for reason in ("No such file", "truncated or not gzip", "larger than a can be", "not the expected content"):
+    for reason in (
+        "No such file",
+        "truncated or not gzip",
+        "more than 1,064 bytes",
+        "larger than a can be",
+        "not the expected content",
+    ):
         assert reason in message
     assert str(files.path) in message
     assert not list(files.path.iterdir())  # nothing that was not verified is kept
@@ -154,6 +161,26 @@ def test_a_failing_source_is_followed_by_the_next_and_every_reason_is_told(
     files.fetch([*liars, mirror("good", lambda content: content)])
     assert_whole(files)
     assert capsys.readouterr().err.count("failed") == 2 * len(liars)
+
+
+def test_a_mirror_that_takes_too_long_is_given_up(
+    files: FileSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.download._DOWNLOAD_SECONDS", -1)
+    (tmp_path / "a").write_bytes(CONTENTS[0])
+    with pytest.raises(DataError, match="not done after"):
+        files.fetch([Mirror(f"{tmp_path.as_uri()}/")])
+
+
+def test_what_killed_fetches_left_behind_is_cleared_after_a_day(files: FileSet) -> None:
+    files.path.mkdir(parents=True)
+    old, recent = (files.path / f".a.{n}.part" for n in (1, 2))
+    for path in (old, recent):
+        path.touch()
+    os.utime(old, (0, 0))
+    files.fetch([Given(CONTENTS)])
+    assert recent.exists()  # it may be another fetch at work
+    assert not old.exists()
 
 
 def test_a_crash_while_writing_leaves_the_old_file(files: FileSet, monkeypatch: pytest.MonkeyPatch) -> None:
