@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+_SURROUNDINGS = pytest.MonkeyPatch()
 
-@pytest.fixture(autouse=True, scope="session")
-def _surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HARNESS_DATA", str(tmp_path_factory.mktemp("data")))
-        patch.setenv("MPLBACKEND", "Agg")
-        yield
+
+def pytest_configure() -> None:
+    """Before collection, which looks at the registered data sets already."""
+    _SURROUNDINGS.setenv("HARNESS_DATA", tempfile.mkdtemp(prefix="harness-data-"))
+    _SURROUNDINGS.setenv("MPLBACKEND", "Agg")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HARNESS_DATA"], ignore_errors=True)
+    _SURROUNDINGS.undo()
 
 
 @pytest.fixture

@@ -45,8 +45,8 @@ def require_equal(a: Tensor, b: Tensor, what: str) -> None:
 
 def require_close(a: Tensor, b: Tensor, what: str) -> None:
     """Equality up to rounding in float64."""
-    worst = float((a - b).abs().max()) if a.shape == b.shape else float("inf")
-    scale = 1 + float(b.abs().max())
+    worst = float((a - b).detach().abs().max()) if a.shape == b.shape else float("inf")
+    scale = 1 + float(b.detach().abs().max())
     require(worst <= 1e-8 * scale, f"{what}: differ by up to {worst:.3g}")
 
 

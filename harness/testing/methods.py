@@ -56,13 +56,15 @@ def check_method(method: Method, problem: Problem | None = None) -> None:
     view = view_of(problem)
     unfit = method.unfit(view)
     require(unfit is None, f"{method.name} is unfit for {problem.label} ({unfit}): check it on another problem")
+    if isinstance(method, GradientMethod):
+        _check_losses(method, view)
     first = trial(method, problem)
     _check_fit(first, view)
+    check_posterior(first.fit.posterior, first.fit.model, view.validation)
     _check_repeats(first.fit, trial(method, problem).fit, view.validation)
     _check_restores(first, view.validation)
-    check_posterior(first.fit.posterior, first.fit.model, view.validation)
     if isinstance(method, GradientMethod):
-        _check_losses(method, first)
+        _check_gradients(method, view_of(problem), first.fit)
 
 
 def _check_fit(tried: Trial, view: TrainingView) -> None:
@@ -101,22 +103,27 @@ def _check_restores(tried: Trial, x: Tensor) -> None:
     require_equal(samples, tried.fit.posterior.sample(x, 2, stream(0)), f"{job.method.name}: samples of a restored fit")
 
 
-def _check_losses(method: GradientMethod, tried: Trial) -> None:
-    job = tried.job
-    with job.streams.initial_weights(shared=False):
-        view = job.training_view()
-        modules = method.build(view).to(dtype=job.dtype)
-    modules.load_state_dict(dict(tried.fit.state))
-    modules.requires_grad_(True)
-    x = view.validation
+def _modules(method: GradientMethod, view: TrainingView) -> Modules:
+    """Fresh modules; the process-wide generator that their initial weights come from is restored."""
+    with torch.random.fork_rng(devices=[]):
+        return method.build(view).to(view.validation.dtype)
+
+
+def _noise(method: GradientMethod, view: TrainingView) -> Noise:
     shapes = method.noise(view)
-    noise = {
-        name: torch.randn((len(x), *shape), generator=stream(i), dtype=job.dtype)
+    x = view.validation
+    return {
+        name: torch.randn((len(x), *shape), generator=stream(i), dtype=x.dtype)
         for i, (name, shape) in enumerate(shapes.items())
     }
+
+
+def _check_losses(method: GradientMethod, view: TrainingView) -> None:
+    modules, x, noise = _modules(method, view), view.validation, _noise(method, view)
     _check_pure(method, modules, x, noise)
     _check_noise(method, modules, x, noise)
-    _check_gradients(method, modules, x, noise)
+    for key, gradient in _gradients(method, modules, x, noise).items():
+        require(gradient is not None, f"{method.name}: {key}, whose loss does not depend on it")
 
 
 def _check_pure(method: GradientMethod, modules: Modules, x: Tensor, noise: Noise) -> None:
@@ -144,14 +151,25 @@ def _check_noise(method: GradientMethod, modules: Modules, x: Tensor, noise: Noi
             require(changed, f"{method.name}: noise {name!r} is asked for, but no loss depends on it")
 
 
-def _check_gradients(method: GradientMethod, modules: Modules, x: Tensor, noise: Noise) -> None:
+def _check_gradients(method: GradientMethod, view: TrainingView, fit: Fit) -> None:
     """After some steps, so that layers behind one that starts at zero have a gradient too."""
+    modules = _modules(method, view)
+    modules.load_state_dict(dict(fit.state))
+    for key, gradient in _gradients(method, modules, view.validation, _noise(method, view)).items():
+        require(gradient is not None and bool(gradient.any()), f"{method.name}: {key}, whose loss gives it no gradient")
+
+
+def _gradients(method: GradientMethod, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor | None]:
+    """The gradient of each player's loss with respect to each of its parameters, under a text that names both."""
     losses = method.losses(modules, x, noise)
+    found: dict[str, Tensor | None] = {}
     for player in method.players():
         named = {f"{on}.{key}": value for on in player.on for key, value in modules[on].named_parameters()}
-        if not named:
-            continue
-        gradients = torch.autograd.grad(losses[player.name], list(named.values()), retain_graph=True, allow_unused=True)
-        for key, gradient in zip(named, gradients, strict=True):
-            moved = gradient is not None and bool(gradient.any())
-            require(moved, f"{method.name}: {key} belongs to player {player.name!r}, whose loss gives it no gradient")
+        if named:
+            loss, values = losses[player.name], list(named.values())
+            gradients = torch.autograd.grad(loss, values, retain_graph=True, allow_unused=True)
+            found |= {
+                f"{key} belongs to player {player.name!r}": gradient
+                for key, gradient in zip(named, gradients, strict=True)
+            }
+    return found

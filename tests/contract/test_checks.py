@@ -1,0 +1,341 @@
+"""The conformance checks find what they are there for: each faulty plugin below breaks one law."""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from harness.evaluator import EvaluationRun, Evaluator, Measurement
+from harness.method import Fit, Run
+from harness.model import DecoderModel, LatentModel
+from harness.problem import DatasetSpec, MLPSpec, ModelSpec, Problem, TrainingView
+from harness.testing import ConformanceError, SmallProblem, check_evaluator, check_method, check_problem
+from harness.testing.small import KnownPosterior
+from harness.training import Modules, Noise
+
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "tests/distributions/harness-example/harness_example.py"
+
+
+def example() -> ModuleType:
+    spec = spec_from_file_location("harness_example", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules["harness_example"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+SharedScale: Any = example().SharedScale
+SharedScalePosterior: Any = sys.modules["harness_example"].SharedScalePosterior
+
+
+def test_the_example_passes() -> None:
+    check_method(SharedScale())
+
+
+def loss(method: Any, modules: Modules, x: Tensor, noise: Noise) -> Tensor:
+    return SharedScale.losses(method, modules, x, noise)["negative_elbo"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HiddenNoise(SharedScale):
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        return {"negative_elbo": loss(self, modules, x, {"eps": noise["eps"] + torch.randn(())})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnusedNoise(SharedScale):
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        return {"negative_elbo": loss(self, modules, x, {"eps": torch.ones_like(noise["eps"])})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stateful(SharedScale):
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        modules["encoder"].log_sd.data += 1e-3
+        return {"negative_elbo": loss(self, modules, x, noise)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrongPlayer(SharedScale):
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        value = loss(self, modules, x, noise)
+        return {"negative_elbo": value, "elbo": -value}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetachedEncoder(SharedScale):
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        mean, log_sd = modules["encoder"](x)
+        z = mean.detach() + torch.exp(log_sd) * noise["eps"]
+        return {"negative_elbo": (log_sd.sum() - modules["model"].log_joint(x, z)).mean()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroGradient(SharedScale):
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        mean, log_sd = modules["encoder"](x)
+        z = 0 * mean + torch.exp(log_sd) * noise["eps"]
+        return {"negative_elbo": -modules["model"].log_joint(x, z).mean()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotANumber(SharedScale):
+    def posterior(self, modules: Modules) -> Any:
+        return altered(modules, sample=lambda own, x, n, generator: own.sample(x, n, generator) / 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrongShape(SharedScale):
+    def posterior(self, modules: Modules) -> Any:
+        return altered(modules, sample=lambda own, x, n, generator: own.sample(x, n, generator).transpose(0, 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class IgnoresGenerator(SharedScale):
+    def posterior(self, modules: Modules) -> Any:
+        return altered(modules, sample=lambda own, x, n, generator: own.sample(x, n, torch.default_generator))
+
+
+@dataclass(frozen=True, kw_only=True)
+class IgnoresX(SharedScale):
+    def posterior(self, modules: Modules) -> Any:
+        return altered(modules, sample=lambda own, x, n, generator: own.sample(torch.zeros_like(x), n, generator))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotNormalised(SharedScale):
+    def posterior(self, modules: Modules) -> Any:
+        return altered(modules, log_prob=lambda own, x, z: own.log_prob(x, z) + 0.1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DensitiesDisagree(SharedScale):
+    def posterior(self, modules: Modules) -> Any:
+        def shifted(own: Any, x: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            z = own.sample(x, n, generator)
+            return z, own.log_prob(x, z) + 1e-3
+
+        return altered(modules, sample_and_log_prob=shifted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixesObservations(SharedScale):
+    def posterior(self, modules: Modules) -> Any:
+        return altered(modules, log_prob=lambda own, x, z: own.log_prob(x, z) + x.mean())
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrongKL(SharedScale):
+    def posterior(self, modules: Modules) -> Any:
+        return altered(modules, kl_to_prior=lambda own, x: torch.ones(len(x), dtype=x.dtype))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgetsItsState(SharedScale):
+    def restore(self, view: TrainingView, state: Mapping[str, Tensor]) -> Fit:
+        return SharedScale.restore(self, view, {**state, "encoder.log_sd": torch.zeros(view.latent_dim)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnModel(SharedScale):
+    def fit(self, view: TrainingView, run: Run) -> Fit:
+        fit = SharedScale.fit(self, view, run)
+        bigger = MLPSpec(latent_dim=view.latent_dim, width=99).new_model(view.event_shape)
+        return replace(fit, model=bigger.to(view.validation))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeverTheSame(SharedScale):
+    def fit(self, view: TrainingView, run: Run) -> Fit:
+        fit = SharedScale.fit(self, view, run)
+        fit.state["encoder.log_sd"].add_(random.SystemRandom().random())
+        return fit
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakesTooLong(SharedScale):
+    def fit(self, view: TrainingView, run: Run) -> Fit:
+        return replace(SharedScale.fit(self, view, run), steps=1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UsesGlobalNumpy(SharedScale):
+    def fit(self, view: TrainingView, run: Run) -> Fit:
+        np.random.random()
+        return SharedScale.fit(self, view, run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeavesDouble(SharedScale):
+    def fit(self, view: TrainingView, run: Run) -> Fit:
+        torch.set_default_dtype(torch.float64)
+        return SharedScale.fit(self, view, run)
+
+
+class Thawed(SharedScale):
+    """Not a dataclass of its own."""
+
+
+def altered(modules: Modules, **methods: Any) -> Any:
+    """The example's posterior with some of its methods replaced; each is given the unaltered posterior first."""
+    own = SharedScalePosterior(modules["encoder"])
+
+    def bound(method: Any) -> Any:
+        return lambda self, *arguments: method(own, *arguments)
+
+    cls = type("Altered", (SharedScalePosterior,), {name: bound(method) for name, method in methods.items()})
+    return cls(modules["encoder"])
+
+
+@pytest.mark.parametrize(
+    ("method", "law"),
+    [
+        (HiddenNoise, "losses changes torch's global generator"),
+        (UnusedNoise, "noise 'eps' is asked for, but no loss depends on it"),
+        (Stateful, "of the same inputs twice"),
+        (WrongPlayer, r"losses \['elbo', 'negative_elbo'\] for players \['negative_elbo'\]"),
+        (DetachedEncoder, "encoder.* belongs to player 'negative_elbo', whose loss does not depend on it"),
+        (ZeroGradient, "encoder.* belongs to player 'negative_elbo', whose loss gives it no gradient"),
+        (NotANumber, "sample: not finite"),
+        (WrongShape, r"sample: expected shape \(3, 4, 2\), got \(4, 3, 2\)"),
+        (IgnoresGenerator, "Posterior.sample changes torch's global generator"),
+        (IgnoresX, "the same draws whatever x is"),
+        (NotNormalised, "does not integrate to 1"),
+        (DensitiesDisagree, "sample_and_log_prob and Posterior.log_prob: differ by up to 0.001"),
+        (MixesObservations, "log_prob of one observation alone and among others"),
+        (WrongKL, "kl_to_prior against the mean of log q - log p: off by"),
+        (ForgetsItsState, "samples of a restored fit: expected the same numbers bit for bit"),
+        (OwnModel, "the fitted model must be the view's"),
+        (NeverTheSame, "two fits from the same seed"),
+        (TakesTooLong, "took 1000 steps with a budget of 5"),
+        (UsesGlobalNumpy, "changes numpy's global generator"),
+        (LeavesDouble, "changes torch's default dtype"),
+        (Thawed, "Thawed must be a frozen dataclass"),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_a_faulty_method_is_found(method: Any, law: str) -> None:
+    dtype = torch.get_default_dtype()
+    try:
+        with pytest.raises(ConformanceError, match=law):
+            check_method(method())
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+class LooseLikelihood(DecoderModel):
+    def log_joint(self, x: Tensor, z: Tensor) -> Tensor:
+        return super().log_joint(x, z) + 1.0
+
+
+class WidePrior(DecoderModel):
+    def log_prior(self, z: Tensor) -> Tensor:
+        return super().log_prior(z) - math.log(2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultyProblem(SmallProblem):
+    """One fault at a time."""
+
+    name: str = "faulty"
+    fault: str = ""
+    latent_dim: PositiveInt = 2
+
+    def dataset(self) -> DatasetSpec:
+        spec = super().dataset()
+        if self.fault == "grey":
+            return replace(spec, test=spec.test * 0.5)
+        if self.fault == "levels":
+            return replace(spec, train=spec.train * 255, binarisation="dynamic")
+        if self.fault == "nan":
+            return replace(spec, validation=spec.validation * np.nan)
+        return replace(spec, test=spec.test[:, :1]) if self.fault == "shape" else spec
+
+    def model_spec(self) -> ModelSpec:
+        faulty: dict[str, type[DecoderModel]] = {"joint": LooseLikelihood, "prior": WidePrior}
+        spec = super().model_spec()
+        if self.fault in faulty:
+            object.__setattr__(spec, "new_model", lambda shape: recast(spec, shape, faulty[self.fault]))
+        return spec
+
+
+def recast(spec: ModelSpec, event_shape: tuple[int, ...], cls: type[DecoderModel]) -> LatentModel:
+    model = type(spec).new_model(spec, event_shape)
+    model.__class__ = cls
+    return model
+
+
+@pytest.mark.parametrize(
+    ("fault", "law"),
+    [
+        ("grey", "test: said to be binary already, but it is not"),
+        ("levels", "probabilities from 0.0 to 255.0; are the levels right"),
+        ("nan", "validation: not finite"),
+        ("shape", r"test: shape \(1, 3\), train has \(2, 3\)"),
+        ("joint", "log_joint and log_likelihood \\+ log_prior: differ by up to 1"),
+        ("prior", "log_prior does not integrate to 1"),
+    ],
+)
+def test_a_faulty_problem_is_found(fault: str, law: str) -> None:
+    check_problem(FaultyProblem())
+    with pytest.raises(ConformanceError, match=law):
+        check_problem(FaultyProblem(fault=fault))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultyEvaluator(Evaluator):
+    """One fault at a time."""
+
+    name: str = "faulty"
+    fault: str = ""
+
+    def undefined(self, fit: Fit, problem: Problem) -> str | None:
+        return " " if self.fault == "silent" else None
+
+    def measure(self, fit: Fit, problem: Problem, run: EvaluationRun) -> list[Measurement]:
+        assert isinstance(fit.posterior, KnownPosterior)
+        x, indices = run.data.scored(8)
+        values = fit.posterior.kl_to_prior(x)
+        if self.fault == "random":
+            values = values + random.SystemRandom().random()
+        if self.fault == "trains":
+            next(fit.model.parameters()).data += 1
+        if self.fault == "indices":
+            indices = indices * 0
+        stderrs = torch.ones_like(values) if self.fault == "exact" else torch.zeros_like(values)
+        measured = run.measurement("kl_to_prior", values, stderrs, "exact", indices)
+        return [] if self.fault == "nothing" else [measured] * (2 if self.fault == "twice" else 1)
+
+
+@pytest.mark.parametrize(
+    ("fault", "law"),
+    [
+        ("silent", "undefined without a reason"),
+        ("random", "measuring the same fit twice gives different values"),
+        ("trains", "measuring changes the model's"),
+        ("indices", "indices must be distinct"),
+        ("exact", "an exact number has no standard error"),
+        ("nothing", "no measurement; say why"),
+        ("twice", "a metric is measured twice"),
+    ],
+)
+def test_a_faulty_evaluator_is_found(fault: str, law: str) -> None:
+    check_evaluator(FaultyEvaluator())
+    with pytest.raises(ConformanceError, match=law):
+        check_evaluator(FaultyEvaluator(fault=fault))

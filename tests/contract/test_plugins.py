@@ -1,0 +1,76 @@
+"""Every registered plugin goes through the public conformance checks that third parties use."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness.evaluator import Evaluator
+from harness.method import Method
+from harness.options import UserError
+from harness.problem import DataError, Dataset, Problem
+from harness.registry import Registry
+from harness.testing import SmallProblem, check_dataset, check_evaluator, check_method, check_problem
+from harness.testing.small import view_of
+
+REGISTRY = Registry.discover()
+
+
+def things(kind: str) -> list:
+    return [pytest.param(provided.thing, id=name) for name, provided in getattr(REGISTRY, kind).items()]
+
+
+def has_data(problem: Problem) -> bool:
+    """Embedded data only: no test reaches for a download, or for a file that a user would name."""
+    try:
+        problem.dataset()
+    except (DataError, UserError):
+        return False
+    return True
+
+
+PROBLEMS = [
+    pytest.param(provided.thing, id=name) for name, provided in REGISTRY.problems.items() if has_data(provided.thing)
+]
+
+
+def test_no_plugin_is_broken() -> None:
+    assert [plugin for plugin in REGISTRY.plugins if plugin.broken] == []
+    assert {"four-points", "digits", "linear-gaussian"} <= {str(parameter.id) for parameter in PROBLEMS}
+
+
+@pytest.mark.parametrize("method", things("methods"))
+def test_method(method: Method) -> None:
+    check_method(method)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("method", things("methods"))
+def test_method_on_problem(method: Method, problem: Problem) -> None:
+    reason = method.unfit(view_of(problem))
+    if reason is not None:
+        assert reason.strip()
+    else:
+        check_method(method, problem)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_problem(problem: Problem) -> None:
+    check_problem(problem)
+
+
+@pytest.mark.parametrize("dataset", things("datasets"))
+def test_dataset(dataset: Dataset) -> None:
+    """Embedded data are what they say; those that are not there (the tests' data folder is empty) name the remedy."""
+    if dataset.location == "embedded":
+        check_dataset(dataset)
+    else:
+        with pytest.raises(DataError, match="harness data fetch"):
+            dataset.load()
+
+
+@pytest.mark.parametrize("evaluator", things("evaluators"))
+def test_evaluator(evaluator: Evaluator) -> None:
+    """On a posterior with every capability, and on what each registered method gives."""
+    check_evaluator(evaluator)
+    for provided in REGISTRY.methods.values():
+        check_evaluator(evaluator, provided.thing, SmallProblem())
