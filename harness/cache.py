@@ -5,6 +5,7 @@ What is there is either a whole file whose content is the expected one, or it is
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sys
@@ -193,8 +194,9 @@ def _prepare(folder: Path) -> None:
     """Make the folder, before any download, and clear what fetches that were killed have left behind."""
     folder.mkdir(parents=True, exist_ok=True)
     for partial in folder.glob(".*.part"):
-        if time.time() - partial.stat().st_mtime > 24 * 3600:
-            partial.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another fetch may clear it at the same time
+            if time.time() - partial.stat().st_mtime > 24 * 3600:
+                partial.unlink()
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
