@@ -11,8 +11,14 @@ which counts e twice and is therefore conservative. The estimator's noise is ins
 over seeds and observations, so it is not added again. Where the test split is the whole population, b has no sampling
 error and the second part is replaced by the estimator's own standard error (taken as common to all seeds).
 
-"Beyond the noise" means more than two standard errors, or what Student's t makes of two for the number of seeds at hand
-(Welch 1947, Satterthwaite 1946: https://doi.org/10.2307/3002019): 4.5 for three seeds when their spread dominates.
+"Beyond the noise" means by more than two standard errors, each part with what Student's t makes of two for the number
+of values that it was estimated from:
+
+.. math:: m^2 = (t_{S-1} \, se_{seeds})^2 + (t_{N-1} \, se_{test})^2, \quad
+          t_\nu = F_\nu^{-1}(\Phi(2)): \; t_1 = 14, \; t_2 = 4.5, \; t_4 = 2.9, \; t_\infty = 2.
+
+In simulations this covers at least the nominal 95.45 % for any ratio of the parts; degrees of freedom pooled as by
+Satterthwaite (1946, https://doi.org/10.2307/3002019) cover as little as 88 % with two seeds.
 """
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -124,22 +130,19 @@ class Difference:
         return len(self.per_seed) == 1
 
     @property
-    def degrees_of_freedom(self) -> float:
-        """Welch-Satterthwaite: few seeds count for few, unless the test set's noise dominates."""
-        seeds = self.stderr_seeds**4 / (len(self.per_seed) - 1) if len(self.per_seed) > 1 else 0.0
-        test = self.stderr_test**4 / (self.n_observations - 1) if self.n_observations > 1 else 0.0
-        return self.stderr**4 / (seeds + test) if seeds + test > 0 else math.inf
-
-    @property
     def margin(self) -> float:
-        """What the difference has to exceed: two standard errors, more for few seeds."""
-        freedom = min(self.degrees_of_freedom, 1e6)
-        return float(special.stdtrit(freedom, special.ndtr(STANDARD_ERRORS))) * self.stderr
+        """What the difference has to exceed: two standard errors, more for few seeds; infinite for one."""
+        test = (
+            _student(self.n_observations) * self.stderr_test
+            if self.stderr_test
+            else STANDARD_ERRORS * self.stderr_estimator
+        )
+        return math.hypot(_student(len(self.per_seed)) * self.stderr_seeds, test) if not self.one_seed else math.inf
 
     @property
     def beyond_noise(self) -> bool:
         """Never for a single seed."""
-        return not self.one_seed and abs(self.value) > self.margin
+        return abs(self.value) > self.margin
 
 
 def paired_difference(
@@ -169,6 +172,11 @@ def paired_difference(
         per_seed=dict(zip(seeds, by_seed.tolist(), strict=True)),
         n_observations=len(index),
     )
+
+
+def _student(n: int) -> float:
+    """What two standard errors are worth where they were estimated from ``n`` values; infinite for one."""
+    return float(special.stdtrit(n - 1, special.ndtr(STANDARD_ERRORS))) if n > 1 else math.inf
 
 
 def _standard_error(values: Array) -> float:

@@ -145,7 +145,7 @@ def _vertical_range(found: Sequence[Array]) -> tuple[float, float]:
 
 
 def differences(table: Table, colour: Mapping[str, str]) -> Figure | None:
-    """Log-likelihood less that of the first row: mean with two standard errors, and a small mark for each seed."""
+    """Log-likelihood less that of the first row: mean, standard error, margin of noise, and a mark for each seed."""
     rows = [row for row in table.rows if row.difference]
     if not rows:
         return None
@@ -158,7 +158,7 @@ def differences(table: Table, colour: Mapping[str, str]) -> Figure | None:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(
         f"log p(x) less that of {plain(table.rows[0].label)} [nats per observation, right is better]\n"
-        "mean, one (thick) and two standard errors; crosses are seeds"
+        "thick: standard error; thin: within the noise if it reaches zero; crosses: seeds"
     )
     tidy(axes)
     return figure
@@ -167,8 +167,8 @@ def differences(table: Table, colour: Mapping[str, str]) -> Figure | None:
 def _draw_difference(axes: Axes, position: int, difference: Difference, colour: str) -> None:
     seeds = list(difference.per_seed.values())
     axes.plot(seeds, [position + 0.22] * len(seeds), "x", color=colour, markersize=4, alpha=0.8)
-    if math.isfinite(difference.stderr):
-        for factor, width in ((2, 1.5), (1, 4)):
-            reach = [difference.value - factor * difference.stderr, difference.value + factor * difference.stderr]
-            axes.plot(reach, [position, position], color=colour, linewidth=width, solid_capstyle="butt")
+    for reach, width in ((difference.margin, 1.5), (difference.stderr, 4)):
+        if math.isfinite(reach):
+            ends = [difference.value - reach, difference.value + reach]
+            axes.plot(ends, [position, position], color=colour, linewidth=width, solid_capstyle="butt")
     axes.plot([difference.value], [position], "o", color=colour, markersize=7)

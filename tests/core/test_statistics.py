@@ -1,0 +1,244 @@
+"""Laws of the statistics: coverage, antisymmetry, pairing, and what may be compared with what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from harness import statistics
+from harness.record import COLUMNS
+from harness.statistics import Difference, Estimate, Values, paired_difference
+
+NOMINAL = math.erf(math.sqrt(2))  # two standard errors of a normal distribution: 95.45 %
+
+
+def of_seeds(table: np.ndarray, stderr: float = 0.0) -> dict[int, Values]:
+    """Values of seeds 0..S-1 from an array of shape (S, N)."""
+    index = np.arange(table.shape[1])
+    return {seed: Values(index, value, np.full(len(value), stderr)) for seed, value in enumerate(table)}
+
+
+def simulated(
+    random: np.random.Generator, *, seeds: int, n: int, effect: float, sd_seeds: float, sd_test: float, sd_rest: float
+) -> tuple[dict[int, Values], dict[int, Values]]:
+    """Two methods on the same observations, whose difficulty (30 nats) dwarfs their differences."""
+    difficulty = 30 * random.standard_normal(n)
+    second = difficulty + random.standard_normal((seeds, 1))
+    difference = effect + sd_seeds * random.standard_normal((seeds, 1)) + sd_test * random.standard_normal(n)
+    return of_seeds(second + difference + sd_rest * random.standard_normal((seeds, n))), of_seeds(second)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+@pytest.mark.parametrize(("sd_seeds", "sd_test", "sd_rest"), [(0.3, 0.1, 0.3), (0.05, 2.0, 0.3), (0.1, 0.7, 0.3)])
+def test_difference_covers_the_true_effect(seeds: int, sd_seeds: float, sd_test: float, sd_rest: float) -> None:
+    """At the stated level or above, whether seeds, observations or both dominate, and with little waste in the error.
+
+    Tolerance: three standard errors of a proportion over 500 tables.
+    """
+    random = np.random.default_rng(seeds)
+    sizes = {"sd_seeds": sd_seeds, "sd_test": sd_test, "sd_rest": sd_rest}
+    found = [paired_difference(*simulated(random, seeds=seeds, n=50, effect=0.15, **sizes)) for _ in range(500)]
+    covered = np.mean([abs(d.value - 0.15) <= d.margin for d in found if d])
+    assert covered >= NOMINAL - 3 * math.sqrt(NOMINAL * (1 - NOMINAL) / 500)
+    spread = np.std([d.value for d in found if d])
+    stated = math.sqrt(np.mean([d.stderr**2 for d in found if d]))
+    assert 0.9 < stated / spread < 1.2  # the interaction that is counted twice is at most 0.3 / sqrt(50) / sqrt(seeds)
+
+
+def test_difference_is_antisymmetric() -> None:
+    first, second = simulated(
+        np.random.default_rng(0), seeds=4, n=30, effect=0.1, sd_seeds=0.2, sd_test=0.5, sd_rest=0.1
+    )
+    one, other = paired_difference(first, second), paired_difference(second, first)
+    assert one is not None
+    assert other is not None
+    assert one.value == pytest.approx(-other.value, rel=1e-12)
+    assert one.stderr == pytest.approx(other.stderr, rel=1e-12)
+    assert one.per_seed == pytest.approx({seed: -value for seed, value in other.per_seed.items()})
+
+
+def test_difference_to_itself_is_zero_without_error() -> None:
+    first, _ = simulated(np.random.default_rng(0), seeds=3, n=20, effect=0, sd_seeds=1, sd_test=1, sd_rest=1)
+    same = paired_difference(first, first)
+    assert same is not None
+    assert (same.value, same.stderr, same.beyond_noise) == (0.0, 0.0, False)
+
+
+def test_difference_uses_only_what_both_have() -> None:
+    first, second = simulated(
+        np.random.default_rng(1), seeds=4, n=30, effect=0.1, sd_seeds=0.2, sd_test=0.5, sd_rest=0.1
+    )
+    common = np.arange(5, 25)
+    expected = paired_difference(
+        {seed: first[seed].at(common) for seed in (1, 2)}, {seed: second[seed].at(common) for seed in (1, 2)}
+    )
+    assert expected is not None
+    fewer_seeds = {seed: second[seed] for seed in (1, 2)} | {9: second[3]}
+    fewer = {seed: values.at(np.arange(5, 30)) for seed, values in first.items()}
+    assert paired_difference(fewer, {seed: v.at(np.arange(25)) for seed, v in fewer_seeds.items()}) == expected
+    assert (sorted(expected.per_seed), expected.n_observations) == ([1, 2], 20)
+    assert paired_difference(first, {9: second[3]}) is None
+    assert paired_difference({0: first[0].at(np.arange(3))}, {0: second[0].at(np.arange(4, 9))}) is None
+
+
+def test_pairing_takes_the_difficulty_of_observations_out() -> None:
+    """Unpaired, 100 observations with a spread of 30 nats would leave an error above 3 nats."""
+    first, second = simulated(
+        np.random.default_rng(2), seeds=5, n=100, effect=0.5, sd_seeds=0.1, sd_test=0.5, sd_rest=0.1
+    )
+    found = paired_difference(first, second)
+    assert found is not None
+    assert found.stderr < 0.2
+    assert found.beyond_noise
+
+
+def test_one_seed_is_never_beyond_the_noise() -> None:
+    first, second = simulated(np.random.default_rng(3), seeds=1, n=50, effect=99, sd_seeds=0, sd_test=0.1, sd_rest=0.1)
+    found = paired_difference(first, second)
+    assert found is not None
+    assert found.one_seed
+    assert math.isnan(found.stderr_seeds)
+    assert math.isfinite(found.stderr)
+    assert found.margin == math.inf
+    assert not found.beyond_noise
+
+
+def test_whole_population_has_no_test_error_but_keeps_the_estimators() -> None:
+    table = np.array([[1.0, 2.0, 3.0, 4.0], [1.1, 2.1, 3.1, 4.1]])
+    first, second = of_seeds(table, stderr=0.3), of_seeds(np.zeros((2, 4)), stderr=0.4)
+    found = paired_difference(first, second, exhaustive=True)
+    assert found is not None
+    assert found.stderr_test == 0
+    assert found.stderr_seeds == pytest.approx(0.05)  # sd of two values that differ by 0.1, over the root of 2
+    assert found.stderr_estimator == pytest.approx(0.5 / 2)  # root of 0.3^2 + 0.4^2, over the root of 4 observations
+    assert found.stderr == pytest.approx(math.hypot(0.05, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("stderr_seeds", "stderr_test", "seeds", "factor"),
+    [(1.0, 0.0, 3, 4.53), (1.0, 0.0, 2, 13.97), (1.0, 0.0, 5, 2.87), (0.001, 1.0, 3, 2.0), (1.0, 0.0, 10_000, 2.0)],
+)
+def test_few_seeds_widen_the_margin(stderr_seeds: float, stderr_test: float, seeds: int, factor: float) -> None:
+    """Student's quantiles at 97.72 %, as in any table of them; the test set's noise has many degrees of freedom."""
+    found = Difference(
+        value=1.0,
+        stderr_seeds=stderr_seeds,
+        stderr_test=stderr_test,
+        stderr_estimator=0.0,
+        per_seed=dict.fromkeys(range(seeds), 1.0),
+        n_observations=10_000,
+    )
+    assert found.margin / found.stderr == pytest.approx(factor, abs=0.01)
+
+
+def test_excess_over_log_likelihood_needs_more_than_two_errors() -> None:
+    index = np.arange(100)
+    zeros = np.zeros(100)
+    truth = Values(index, np.linspace(-90, -60, 100), zeros)
+
+    def above(by: float, stderr: float) -> bool:
+        return statistics.excess(Values(index, truth.value + by, zeros + stderr), truth)
+
+    assert above(0.3, 1.0)  # the mean's error is 0.1: three errors
+    assert not above(0.15, 1.0)
+    assert not above(-5, 1.0)
+    assert not above(1e-6, 0.0)  # rounding in float32
+    assert above(0.1, 0.0)
+    assert not statistics.excess(Values(index + 1000, truth.value + 9, zeros), truth)  # nothing in common
+
+
+# Records
+
+
+def record(**columns: object) -> dict[str, object]:
+    base: dict[str, object] = {
+        **dict.fromkeys(COLUMNS),
+        "job_id": "a", "problem": "p", "method": "m", "config": "{}", "seed": 0, "budget": "steps=1", "status": "ok",
+        "precision": "float32", "step_mode": "eager", "device": "cpu", "evaluator": "exact", "kind": "exact",
+        "metric": "log_likelihood", "value": -1.0, "stderr": 0.0, "stderr_test": 0.5, "n_observations": 100,
+        "settings": "{}", "started_at": "2025-01-01T00:00:00+00:00",
+    }  # fmt: skip
+    return base | columns
+
+
+def estimate(**columns: object) -> Estimate:
+    return statistics.over_seeds([record(**columns)])
+
+
+def test_errors_over_seeds() -> None:
+    """The estimator's error shrinks with seeds; that of the test set, which they share, does not."""
+    values = [-1.0, -2.0, -3.0, -4.0]
+    found = statistics.over_seeds([record(seed=i, value=value, stderr=0.2) for i, value in enumerate(values)])
+    assert found.value == -2.5
+    assert found.spread == pytest.approx(np.std(values, ddof=1))
+    assert found.stderr == pytest.approx(0.1)
+    assert found.stderr_test == pytest.approx(0.5)
+    assert math.isnan(estimate().spread)
+
+
+def test_missing_values_are_none_whatever_pandas_calls_them() -> None:
+    table = pd.DataFrame(
+        [{"a": 1.5, "b": "x", "c": None, "d": True}, {"a": math.nan, "b": None, "c": pd.NA, "d": None}]
+    )
+    assert statistics.rows(table) == [
+        {"a": 1.5, "b": "x", "c": None, "d": True},
+        {"a": None, "b": None, "c": None, "d": None},
+    ]
+
+
+def test_newest_of_several_fits_of_one_run_is_kept() -> None:
+    old = record(job_id="z", value=-9.0)
+    new = record(job_id="b", started_at="2025-01-02T00:00:00+00:00")
+    elsewhere = [record(job_id=f"c{i}", **{column: "other"}) for i, column in enumerate(("method", "config", "budget"))]
+    kept, older = statistics.latest([old, new, record(job_id="z", metric="elbo"), *elsewhere])
+    assert [row["job_id"] for row in kept] == ["b", "c0", "c1", "c2"]
+    assert older == {statistics.identity(new): 1}
+
+
+@pytest.mark.parametrize(
+    ("methods", "chosen"),
+    [
+        ([["exact", "importance"], ["exact", "importance"]], "exact"),
+        ([["importance"], ["exact", "importance"]], "importance"),
+        ([["exact"], ["exact", "importance"]], "exact"),
+        ([["exact"], ["importance"], ["importance"]], "importance"),
+        ([["exact"], []], "exact"),
+        ([[], []], None),
+    ],
+)
+def test_one_estimator_for_all_methods(methods: list[list[str]], chosen: str | None) -> None:
+    kinds = {"exact": "exact", "importance": "stochastic lower bound"}
+    found = [[estimate(evaluator=name, kind=kinds[name]) for name in names] for names in methods]
+    assert statistics.log_likelihood_estimator(found) == chosen
+    assert statistics.log_likelihood_estimator(found[::-1]) == chosen
+
+
+def test_density_ratio_is_shown_only_where_there_is_nothing_else() -> None:
+    ratio = estimate(metric="adversarial_elbo", evaluator="adversary", kind="density ratio")
+    bound = estimate(metric="elbo", evaluator="elbo", kind="unbiased")
+    names = ("elbo", "adversarial_elbo")
+    assert statistics.choose([ratio, bound], names) is bound
+    assert statistics.choose([ratio], names) is ratio
+    assert statistics.choose([], names) is None
+
+
+def test_only_finite_numbers_count() -> None:
+    rows: list[Mapping[str, object]] = [
+        record(seed=0), record(seed=1, value=math.nan), record(seed=2, value=math.inf), record(seed=3, value=None),
+        record(seed=4, status="failed"),
+    ]  # fmt: skip
+    [found] = statistics.estimates(rows)
+    assert found.seeds == 1
+
+
+def test_ambiguous_values_are_not_paired() -> None:
+    """Two settings of one evaluator give two values per observation: no pairing of them would be right."""
+    once = pd.DataFrame({"job_id": "a", "evaluator": "exact", "metric": "elbo", "index": [2, 0], "value": [3.0, 1.0]})
+    once["stderr"] = 0.1
+    found = statistics.values_per_observation(once)["a", "exact", "elbo"]
+    assert (found.index.tolist(), found.value.tolist()) == ([0, 2], [1.0, 3.0])
+    assert statistics.values_per_observation(pd.concat([once, once])) == {}
