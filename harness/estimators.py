@@ -15,8 +15,8 @@ from torch import Tensor
 from harness.model import LatentModel, log_normal
 from harness.posterior import Posterior
 
-# A block's size follows from that of an observation alone, never from the machine: noise is drawn block by block, so that
-# another size would give other draws. 2^21 elements are 8 MiB in float32, about what a processor's cache holds.
+# A block's size follows from that of an observation alone, never from the machine: noise is drawn block by block, so
+# that another size would give other draws. 2^21 elements are 8 MiB in float32, about what a processor's cache holds.
 BLOCK_ELEMENTS = 2**21
 BLOCK_OBSERVATIONS = 64
 SMALLEST_EVENT = 256  # networks of small observations are wider than the observations

@@ -86,6 +86,7 @@ def _elbo(
     return posterior_means(x, samples, terms)["elbo"]
 
 
+@torch.no_grad()
 def quadrature(
     model: LatentModel, x: Tensor, tolerance: float = 1e-4, points: int = 8192
 ) -> tuple[Tensor, dict[str, Any]]:

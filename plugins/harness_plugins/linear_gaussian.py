@@ -20,7 +20,7 @@ from torch.distributions import MultivariateNormal
 
 from harness import hookimpl
 from harness.model import LOG_2PI, DecoderModel, GaussianLikelihood, LatentModel
-from harness.nn import EncoderTrunk, ResidualPairTrunk, linear
+from harness.nn import EncoderTrunk, ResidualPairTrunk, Trunk, linear
 from harness.options import UserError
 from harness.problem import DatasetSpec, ModelSpec, Problem
 from harness.seeding import derive
@@ -100,10 +100,10 @@ class LinearGaussianSpec(ModelSpec):
         weight, bias = true_parameters(self.latent_dim, event_shape[0], self.correlation, self.scale)
         return LinearGaussianModel.fixed(weight, bias, self.noise)
 
-    def encoder_trunk(self, event_shape: tuple[int, ...], noise_dim: int) -> nn.Module:
+    def encoder_trunk(self, event_shape: tuple[int, ...], noise_dim: int) -> Trunk:
         return EncoderTrunk(event_shape[0], 1, 0, "elu", centre=False, noise_dim=noise_dim)
 
-    def pair_trunk(self, event_shape: tuple[int, ...]) -> nn.Module:
+    def pair_trunk(self, event_shape: tuple[int, ...]) -> Trunk:
         return ResidualPairTrunk(event_shape[0], self.latent_dim, 64, 2, "elu", centre=False)
 
 
@@ -152,7 +152,7 @@ class LinearGaussian(Problem):
 
     @property
     def default_budget(self) -> str:
-        return "steps=3000"
+        return "steps=6000"
 
     @property
     def optimum(self) -> float:

@@ -1,0 +1,184 @@
+"""Streamed sums equal direct ones however they are cut; the proposal's density is that of its draws."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness import estimators
+from harness.estimators import (
+    DefensiveProposal,
+    StreamedLogMeanExp,
+    StreamedMean,
+    observation_blocks,
+    posterior_means,
+    posterior_moments,
+    sample_blocks,
+)
+from harness.model import LatentModel, log_normal
+from harness.posterior import Posterior
+
+CUTS = [[40], [1] * 40, [7, 7, 7, 7, 7, 5], [39, 1]]
+
+
+@pytest.fixture
+def stream() -> torch.Generator:
+    return torch.Generator().manual_seed(2)
+
+
+class ShiftedPrior(LatentModel):
+    """p(z) = N(3, 0.5^2) in one dimension: unlike the standard normal in place and scale."""
+
+    latent_dim = 1
+
+    def sample_prior(self, n: int, generator: torch.Generator) -> Tensor:
+        return 3 + 0.5 * torch.randn(n, 1, generator=generator, dtype=torch.float64)
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        return log_normal(z, 3.0, math.log(0.5))
+
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        return log_normal(x - z)
+
+
+@pytest.mark.parametrize("sizes", CUTS)
+@pytest.mark.parametrize("offset", [0.0, -1e4, 1e4])
+def test_log_mean_exp_is_the_direct_one_however_it_is_cut(
+    sizes: list[int], offset: float, stream: torch.Generator
+) -> None:
+    log_w = 2 * torch.randn(40, 6, generator=stream, dtype=torch.float64) + offset
+    log_w[3, :4] = -math.inf  # a weight of zero is a sample like any other
+    estimate = StreamedLogMeanExp()
+    for part in log_w.split(sizes):
+        estimate.add(part)
+    w = torch.exp(log_w - offset)
+    torch.testing.assert_close(estimate.value(), w.mean(0).log() + offset)
+    torch.testing.assert_close(estimate.stderr(), w.std(0) / math.sqrt(40) / w.mean(0))
+    torch.testing.assert_close(estimate.effective_sample_size(), w.sum(0).square() / w.square().sum(0))
+
+
+def test_effective_sample_size_lies_between_one_and_the_number_of_samples(stream: torch.Generator) -> None:
+    equal, single, mixed = torch.zeros(50), torch.tensor([0.0] + [-1e3] * 49), torch.randn(50, generator=stream)
+    estimate = StreamedLogMeanExp()
+    estimate.add(torch.stack([equal, single, mixed], dim=1))
+    sizes = estimate.effective_sample_size()
+    assert sizes[0] == pytest.approx(50)
+    assert sizes[1] == pytest.approx(1)
+    assert 1 < sizes[2] < 50
+    assert estimate.stderr()[0] == pytest.approx(0, abs=1e-7)
+
+
+def test_estimates_that_do_not_exist_are_not_numbers() -> None:
+    with pytest.raises(ValueError, match="no weights"):
+        StreamedLogMeanExp().value()
+    with pytest.raises(ValueError, match="no values"):
+        StreamedMean().value()
+    estimate, mean = StreamedLogMeanExp(), StreamedMean()
+    estimate.add(torch.zeros(1, 2))
+    mean.add(torch.zeros(1, 2))
+    assert estimate.stderr().isnan().all()
+    assert mean.stderr().isnan().all()
+    impossible = StreamedLogMeanExp()
+    impossible.add(torch.full((3, 1), -math.inf))
+    assert not impossible.value().isfinite().any()
+
+
+@pytest.mark.parametrize("sizes", CUTS)
+def test_mean_is_the_direct_one_however_it_is_cut(sizes: list[int], stream: torch.Generator) -> None:
+    # The mean is a billion times the spread, where a difference of sums of squares would have no correct digit.
+    values = 1e6 + 1e-3 * torch.randn(40, 3, 2, generator=stream, dtype=torch.float64)
+    mean = StreamedMean()
+    for part in values.split(sizes):
+        mean.add(part)
+    torch.testing.assert_close(mean.value(), values.mean(0), rtol=1e-14, atol=0)
+    torch.testing.assert_close(mean.sd(), values.std(0), rtol=1e-6, atol=0)
+    torch.testing.assert_close(mean.stderr(), values.std(0) / math.sqrt(40), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("event", [1, 784, 3 * 64 * 64, 2**22])
+@pytest.mark.parametrize("samples", [1, 1000, 1003, 4096])
+def test_blocks_cover_everything_once_and_are_small(event: int, samples: int) -> None:
+    x = torch.arange(150.0)[:, None].expand(150, event)
+    blocks = observation_blocks(x)
+    assert torch.equal(torch.cat([block[:, 0] for block in blocks]), x[:, 0])
+    for block in blocks:
+        sizes = list(sample_blocks(block, samples))
+        assert sum(sizes) == samples
+        assert max(sizes) * len(block) * event <= max(estimators.BLOCK_ELEMENTS, event)
+
+
+def test_posterior_means_use_exactly_the_samples_asked_for(
+    monkeypatch: pytest.MonkeyPatch, stream: torch.Generator
+) -> None:
+    monkeypatch.setattr(estimators, "BLOCK_ELEMENTS", 3 * 256 * estimators.BLOCK_OBSERVATIONS)
+    drawn: list[Tensor] = []
+
+    def terms(x: Tensor, n: int) -> dict[str, Tensor]:
+        drawn.append(x.sum(1).repeat(n))
+        values = x.sum(1) + torch.randn(n, len(x), generator=stream)
+        return {"value": values, "negative": -values}
+
+    x = torch.arange(100.0)[:, None]
+    means = posterior_means(x, 50, terms)
+    assert torch.equal(torch.cat(drawn).unique(return_counts=True)[1], torch.full((100,), 50))
+    value, stderr = means["value"]
+    torch.testing.assert_close(means["negative"][0], -value)
+    # 50 draws of unit variance: the error of the mean is 0.14 +- 0.014, and 100 z-scores have mean square 1 +- 0.15.
+    assert stderr.mean() == pytest.approx(50**-0.5, rel=0.05)
+    assert ((value - x[:, 0]) / stderr).square().mean() == pytest.approx(1, abs=0.6)
+
+
+class TwoPoints(Posterior):
+    """q(z|x) puts half its mass on x and half on x + 2."""
+
+    def sample(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        return x + 2 * torch.randint(2, (n, *x.shape), generator=generator)
+
+
+class Point(Posterior):
+    def sample(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        return x.expand(n, *x.shape)
+
+
+def test_moments_are_those_of_the_posterior(stream: torch.Generator) -> None:
+    x = torch.tensor([[-5.0], [0.0], [7.0]])
+    mean, sd = posterior_moments(TwoPoints(), x, 10_000, stream)
+    # Mean x + 1 and standard deviation 1; four standard errors of the mean are 0.04.
+    torch.testing.assert_close(mean, x + 1, rtol=0, atol=0.04)
+    torch.testing.assert_close(sd, torch.ones(3, 1), rtol=0.01, atol=0)
+
+
+def test_a_collapsed_posterior_still_has_a_density(stream: torch.Generator) -> None:
+    mean, sd = posterior_moments(Point(), torch.tensor([[2.0]]), 16, stream)
+    assert (float(mean), float(sd)) == (2.0, pytest.approx(1e-4))
+
+
+def proposal(prior_weight: float) -> DefensiveProposal:
+    mean, sd = torch.tensor([[-1.0], [4.0]]).double(), torch.tensor([[0.3], [0.8]]).double()
+    return DefensiveProposal(ShiftedPrior(), mean, sd, widening=1.5, prior_weight=prior_weight)
+
+
+@pytest.mark.parametrize("prior_weight", [0.0, 0.1, 0.7])
+def test_the_proposals_density_integrates_to_one(prior_weight: float) -> None:
+    z = torch.linspace(-20, 20, 20_001, dtype=torch.float64)
+    density = proposal(prior_weight).log_prob(z[:, None, None].expand(-1, 2, 1)).exp()
+    torch.testing.assert_close(torch.trapezoid(density, z, dim=0), torch.ones(2).double(), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("prior_weight", [0.0, 0.1, 0.7])
+def test_the_proposals_draws_have_its_density(prior_weight: float, stream: torch.Generator) -> None:
+    z, log_r = proposal(prior_weight).sample_and_log_prob(40_000, stream)
+    # First and second moments of the mixture; a wrong weight, place or scale of either part moves one of them.
+    parts = torch.tensor([[-1.0, 4.0], [3.0, 3.0]]), torch.tensor([[0.45, 1.2], [0.5, 0.5]])
+    weights = torch.tensor([[1 - prior_weight], [prior_weight]])
+    for power, expected in [(1, (weights * parts[0]).sum(0)), (2, (weights * (parts[0] ** 2 + parts[1] ** 2)).sum(0))]:
+        values = z[..., 0] ** power
+        # Four standard errors, in each of 6 comparisons a parameter: a chance of 1 in 2600 that any fails.
+        assert ((values.mean(0) - expected).abs() < 4 * values.std(0) / 200).all()
+    # E_r[f / r] = 1 for any density f within reach: here uniform over one unit upwards of the Gaussian part's mean.
+    above = z[..., 0] - parts[0][0]
+    w = torch.where((above > 0) & (above < 1), torch.exp(-log_r), 0.0)
+    assert ((w.mean(0) - 1).abs() < 4 * w.std(0) / 200).all()
