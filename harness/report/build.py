@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -42,8 +43,10 @@ def tables_of(records: pd.DataFrame, examples: pd.DataFrame, job_order: Sequence
     values, labels = statistics.values_per_observation(examples), labelled(runs)
     problems = _in_order(rows, lambda row: row["problem"], plan)
     keys = sorted(_in_order(kept, _table_key, plan), key=lambda key: problems.index(key.problem))
+    found = {key: {labels[run]: groups[key][run] for run in runs if run in groups[key]} for key in keys}
+    definitions = Counter(problem for problem, _ in {(key.problem, key.spec_hash) for key in keys})
     return [
-        _table(key, {labels[run]: groups[key][run] for run in runs if run in groups[key]}, values, older)
+        dataclasses.replace(_table(key, found[key], values, older), definitions=definitions[key.problem])
         for key in keys
     ]
 

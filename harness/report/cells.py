@@ -165,6 +165,7 @@ def notes(table: Table) -> list[str]:
         *(_excess_note(table, row) for row in table.rows if row.exceeds),
         *_pairing_notes(table),
         *(_mixed_note(column, values) for column, values in table.mixed.items()),
+        *_definition_notes(table),
         *([f"left out: older fits of the same runs ({table.left_out})"] if table.left_out else []),
     ]
 
@@ -211,6 +212,13 @@ def _pairing_notes(table: Table) -> list[str]:
     if len({_scored(row) for row in table.rows if _scored(row)}) > 1:
         found.append("log p(x) is over different numbers of observations: compare only the paired differences")
     return found
+
+
+def _definition_notes(table: Table) -> list[str]:
+    if table.definitions == 1:
+        return []
+    mine = table.key.spec_hash[:7]
+    return [f"this problem has {table.definitions} definitions among these records: compare within this one ({mine})"]
 
 
 def _mixed_note(column: str, values: Mapping[str, Sequence[str]]) -> str:

@@ -25,7 +25,7 @@ _SPECIAL = re.compile(r"([\\`*_\[\]|~$])")
 _BLOCK = re.compile(r"^([-+#]|\d+(?=[.)]))")
 _NO_BLOCK = "\u200b\\1"  # a zero-width space: text that starts like a list or a heading is none
 _CAPTIONS = {
-    "differences": "Paired log-likelihood differences to the first row. Where the thin line reaches zero, they are noise.",
+    "differences": "Paired log-likelihood differences to the first row; noise where the thin line reaches zero.",
     "curves": "Objective on the validation split. Objectives of different methods are not the same quantity: "
     "an adversarial one is a density ratio and no bound (dashed).",
     "latent": "Draws of the aggregate posterior over test observations, coloured by class or data point.",

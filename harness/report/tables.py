@@ -85,6 +85,7 @@ class Table:
         left_out: Number of older fits of the same runs.
         decoder_parameters: Trainable parameters of the generative model, which all rows share.
         mixed: Column -> its values with the labels of the rows that have them, where they differ.
+        definitions: Number of definitions (hashes) of this problem among all records; other ones have other tables.
     """
 
     key: TableKey
@@ -93,6 +94,7 @@ class Table:
     decoder_parameters: str
     left_out: int
     mixed: Mapping[str, Mapping[str, Sequence[str]]]
+    definitions: int = 1
 
     @property
     def exhaustive(self) -> bool:

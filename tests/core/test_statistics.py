@@ -32,7 +32,7 @@ def simulated(
     return of_seeds(second + difference + sd_rest * random.standard_normal((seeds, n))), of_seeds(second)
 
 
-@pytest.mark.parametrize("seeds", [2, 3, 5, 10])
+@pytest.mark.parametrize("seeds", [2, 3, 5])
 @pytest.mark.parametrize(("sd_seeds", "sd_test", "sd_rest"), [(0.3, 0.1, 0.3), (0.05, 2.0, 0.3), (0.1, 0.7, 0.3)])
 def test_difference_covers_the_true_effect(seeds: int, sd_seeds: float, sd_test: float, sd_rest: float) -> None:
     """At the stated level or above, whether seeds, observations or both dominate, and with little waste in the error.
