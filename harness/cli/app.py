@@ -15,7 +15,7 @@ import click
 from harness.cli.comparing import compare, evaluate, plan, report
 from harness.cli.data import data
 from harness.cli.listing import list_things
-from harness.cli.parsing import StrictGroup, explained
+from harness.cli.parsing import StrictGroup, explained, one_line
 from harness.cli.showing import show
 
 INTERRUPTED = 130
@@ -32,7 +32,9 @@ def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> 
 
 
 @click.group(cls=StrictGroup, invoke_without_command=True)
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show it.")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version, help="Show the version."
+)
 @click.pass_context
 def app(context: click.Context) -> None:
     """Compare inference methods for latent-variable models: same data, same decoder, same budget, same estimators.
@@ -41,6 +43,8 @@ def app(context: click.Context) -> None:
     harness compare --methods avb,vae      fit, measure, print a table
     harness list methods                   what there is
     harness show avb                       what it is, and its options
+
+    Exit codes: 0 all jobs ok or skipped, 1 some job failed, 2 a mistake in what was asked for (nothing is run).
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -71,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         message = _mistake(error)
         if message is None:
             raise
-        click.echo(f"harness: error: {' '.join(message.split())}", err=True)
+        click.echo(f"harness: error: {one_line(message)}", err=True)
         return USER_MISTAKE
     return code
 
@@ -129,4 +133,4 @@ class _LogToStderr(logging.Handler):
 
 
 def _warn(message: str) -> None:
-    click.echo(f"harness: warning: {' '.join(message.split())}", err=True)
+    click.echo(f"harness: warning: {one_line(message)}", err=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from harness.cli.parsing import StrictCommand
+from harness.cli.parsing import StrictCommand, one_line
 from harness.cli.suite import Arguments, comparison_options, plugin_option
 
 if TYPE_CHECKING:
@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 @click.command(cls=StrictCommand)
 @comparison_options
 def compare(asked: Arguments) -> int:
-    """Fit every method to every problem from every seed, measure all fits alike, print a table.
+    """Fit and measure methods on problems; print a table.
 
-    What the folder of results has already is not done again. Exit code 1 if a job failed.
+    Every method is fitted to every problem from every seed, and all fits are measured alike. What the folder of results
+    has already is not done again.
     """
     from harness import comparison, statistics
     from harness.cli.progress import shown
@@ -39,9 +40,9 @@ def compare(asked: Arguments) -> int:
 @comparison_options
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 def plan(asked: Arguments, as_json: bool) -> int:
-    """Show every job of a comparison, done or not; run none.
+    """Show every job of a comparison; run none.
 
-    Takes the options of `compare`.
+    Takes the options of `compare`, and tells what is done already and which measurements are missing.
     """
     from harness import comparison
 
@@ -59,7 +60,7 @@ def plan(asked: Arguments, as_json: bool) -> int:
 @click.option("--device", metavar="NAME", default="auto", help="auto, cpu or cuda.  [default: auto]")
 @plugin_option
 def evaluate(folder: str, evaluators: str, device: str, plugin: tuple[str, ...]) -> int:
-    """Measure the stored fits of DIR by further evaluators; train nothing."""
+    """Measure the stored fits of DIR; train nothing."""
     from harness import comparison
     from harness.cli.progress import shown
     from harness.options import UserError
@@ -76,7 +77,10 @@ def evaluate(folder: str, evaluators: str, device: str, plugin: tuple[str, ...])
 @click.command(cls=StrictCommand)
 @click.argument("folder", metavar="DIR")
 def report(folder: str) -> int:
-    """Print the tables of DIR and write a report with figures into it; nothing is computed anew."""
+    """Print the tables of DIR, write figures.
+
+    The report goes to DIR/report; no fit and no measurement is computed anew.
+    """
     from harness.cli.console import output
     from harness.options import UserError
     from harness.report.markdown import write_report
@@ -105,7 +109,7 @@ def _conclude(records: pd.DataFrame, store: Store, job_order: Sequence[str] = ()
     for row in failed:
         by = f", evaluator {row['evaluator']}" if row["evaluator"] else ""
         what = f"{row['method']} on {row['problem']}, seed {row['seed']}{by} (job {row['job_id']})"
-        click.echo(f"harness: {row['status']}: {what}: {' '.join(str(row['reason']).split())}", err=True)
+        click.echo(f"harness: {row['status']}: {what}: {one_line(str(row['reason']))}", err=True)
     if failed:
         statuses = ",".join(sorted({row["status"] for row in failed}))
         click.echo(f"harness: `harness compare` with --retry {statuses} tries these again", err=True)

@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 WIDE = 160
+SHORT = 24
+"""Cells up to this length stay in one line on a narrow terminal; longer ones give way."""
 
 
 class _Console(Console):
@@ -36,7 +38,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: st
     kept = [i for i in range(len(columns)) if any(row[i] for row in filled)]
     table = Table(box=None, pad_edge=False, title=title or None, title_justify="left", header_style="bold")
     for i in kept:
-        table.add_column(columns[i], overflow="fold")
+        short = max(len(row[i]) for row in filled) <= SHORT
+        table.add_column(columns[i], overflow="fold", no_wrap=short)
     for row in filled:
         table.add_row(*[Text(row[i]) for i in kept])
     output().print(table)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @click.group(cls=StrictGroup)
 def data() -> None:
-    """Data sets: list, fetch, verify."""
+    """List, fetch and verify data sets."""
 
 
 @data.command("list", cls=StrictCommand)
@@ -36,7 +36,10 @@ def list_data(plugin: tuple[str, ...]) -> int:
 @click.argument("name")
 @plugin_option
 def fetch(name: str, plugin: tuple[str, ...]) -> int:
-    """Download or prepare the data set NAME and verify it; embedded ones need nothing."""
+    """Download or prepare NAME, and verify it.
+
+    Embedded data sets need nothing.
+    """
     dataset = _dataset(name, plugin)
     click.echo(f"fetching {dataset.label}", err=True)
     click.echo(f"{dataset.label}: {dataset.fetch()}")
@@ -47,7 +50,7 @@ def fetch(name: str, plugin: tuple[str, ...]) -> int:
 @click.argument("name")
 @plugin_option
 def verify(name: str, plugin: tuple[str, ...]) -> int:
-    """Read the data set NAME, check it against what it should be, and print its sizes and content hash."""
+    """Check NAME; print its sizes and hash."""
     dataset = _dataset(name, plugin)
     spec = dataset.load()
     sizes = ", ".join(f"{len(getattr(spec, split))} {split}" for split in ("train", "validation", "test"))

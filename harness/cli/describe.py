@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from harness.cli.parsing import one_line
 from harness.options import Configurable, defaults, schema
 
 _ENTRY = re.compile(r"    (\w[\w, ]*):\s+(.*)")
@@ -28,8 +29,8 @@ class Option:
 
 
 def summary(cls: type) -> str:
-    """The first paragraph of a class's own docstring, in one line; empty if there is none."""
-    return " ".join(_own_docstring(cls).partition("\n\n")[0].split())
+    """The first paragraph of a class's own docstring, in one line without markup; empty if there is none."""
+    return one_line(_own_docstring(cls).partition("\n\n")[0].replace("`", ""))
 
 
 def module_docstring(cls: type) -> str:

@@ -22,7 +22,7 @@ KINDS = (*THINGS, "executors", "plugins")
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
 @plugin_option
 def list_things(kind: str, as_json: bool, plugin: tuple[str, ...]) -> int:
-    """List what there is of a kind, with where it comes from."""
+    """List methods, problems and so on, with where each comes from."""
     from harness.options import UserError, unknown
 
     if kind not in KINDS:
@@ -86,8 +86,16 @@ def _print(rows: list[dict[str, Any]]) -> None:
     """The same facts in fewer words: `harness show` tells the rest."""
     from harness.cli.console import print_table
 
-    columns = [column for column in (rows[0] if rows else ["name"]) if column != "options"]
-    print_table(columns, [[_text(row[column]) for column in columns] for row in rows])
+    shown = [_without_options(row) for row in rows]
+    columns = list(shown[0]) if shown else ["name"]
+    print_table(columns, [[_text(row[column]) for column in columns] for row in shown])
+
+
+def _without_options(row: dict[str, Any]) -> dict[str, Any]:
+    if "plugin" not in row:
+        return row
+    origin = f"{row['plugin']} of {row['distribution']} {row['version']}"
+    return {"name": row["name"], "what": row["what"], "plugin": origin}
 
 
 def _text(value: str | list[str]) -> str:

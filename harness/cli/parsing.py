@@ -48,6 +48,10 @@ class StrictGroup(click.Group):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, context_settings=CONTEXT, no_args_is_help=False, **kwargs)
 
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order in which they are used, not by the alphabet."""
+        return list(self.commands)
+
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
@@ -56,6 +60,10 @@ class StrictGroup(click.Group):
 
             raise click.UsageError(unknown("command", args[0], self.commands))
         return super().resolve_command(ctx, args)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def explained(error: click.ClickException) -> str:

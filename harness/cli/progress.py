@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from harness.cli.console import progress_output
+from harness.cli.parsing import one_line
 from harness.comparison import PlannedJob, Progress
 
 PLAIN_SECONDS = 10.0
@@ -113,7 +114,7 @@ class PlainProgress:
             self._say(*self.tally.fit_facts())
 
     def job_finished(self, job: PlannedJob, status: str, reason: str) -> None:
-        self._say(f"{status} after {self.tally.job_seconds()}" + (f": {reason}" if reason else ""))
+        self._say(f"{status} after {self.tally.job_seconds()}" + (f": {one_line(reason)}" if reason else ""))
         self.tally.finish_job()
 
     def finished(self) -> None:
@@ -149,7 +150,7 @@ class LiveProgress:
     def job_finished(self, job: PlannedJob, status: str, reason: str) -> None:
         self.tally.finish_job()
         if status != "ok":
-            self.console.print(Text(f"{self.tally.job}: {status}: {reason}", style="yellow"))
+            self.console.print(Text(f"{self.tally.job}: {status}: {one_line(reason)}", style="yellow"))
 
     def finished(self) -> None:
         self.live.stop()

@@ -23,9 +23,10 @@ Facts = Iterator[tuple[str, str]]
 @click.argument("name")
 @plugin_option
 def show(name: str, plugin: tuple[str, ...]) -> int:
-    """Show what NAME is: its equation and source, options, capabilities, where it comes from.
+    """Show what NAME is.
 
-    NAME may have options: 'avb[lr=1e-4]'.
+    Equation and source, options, capabilities and data of a method, problem, evaluator or data set, and where it comes
+    from. NAME may have options: 'avb[lr=1e-4]'.
     """
     from harness.registry import Registry
 
@@ -56,12 +57,12 @@ def _print(kind: str, thing: Any, plugin: Plugin) -> None:
     from harness.cli.console import print_table
     from harness.cli.describe import module_docstring, options, summary
 
+    facts = [("plugin", str(plugin)), *_FACTS[kind](thing)]
     click.secho(f"{kind[:-1]} {thing.label}", bold=True)
     for text in (summary(thing.__class__), module_docstring(thing.__class__)):
         if text:
             click.echo(f"\n{text}")
     click.echo()
-    facts = [("plugin", str(plugin)), *_FACTS[kind](thing)]
     width = max(len(key) for key, _ in facts)
     for key, value in facts:
         click.echo(f"{key.ljust(width)}  {value}")
@@ -89,13 +90,14 @@ def _of_method(thing: Any) -> Facts:
 def _of_problem(problem: Problem) -> Facts:
     from harness import model
     from harness.nn import count_parameters
+    from harness.options import UserError
     from harness.problem import DataError, loaded
 
     yield "default budget", problem.default_budget
     yield "model", repr(problem.model_spec())
     try:
         data = loaded(problem)
-    except DataError as error:
+    except (DataError, UserError) as error:  # of one that needs an argument (`file:PATH`), the rest can still be told
         yield "data", f"not available: {error}"
         return
     decoder = problem.model_spec().new_model(data.event_shape)

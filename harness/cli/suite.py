@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import tomllib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Required, TypedDict, cast
 
@@ -29,78 +30,59 @@ class Arguments(TypedDict, total=False):
 
 
 _TEXT, _TEXTS, _SEEDS = "text", "text or a list of texts", "a number, text or a list of numbers"
+
+
+@dataclass(frozen=True)
+class _Key:
+    """An option of the command line, and key of a suite file: ``expected`` is what a suite may give."""
+
+    metavar: str
+    help: str
+    expected: str = _TEXT
+
+
 _KEYS = {
-    "methods": _TEXTS,
-    "problems": _TEXTS,
-    "seeds": _SEEDS,
-    "budget": _TEXT,
-    "evaluators": _TEXTS,
-    "device": _TEXT,
-    "precision": _TEXT,
-    "out": _TEXT,
-    "plugin": _TEXTS,
-    "retry": _TEXTS,
+    "methods": _Key("NAMES", "Methods: avb,vae or 'avb[lr=1e-4|2e-4],vae'.  [needed]", _TEXTS),
+    "problems": _Key(
+        "NAMES",
+        "Problems: mnist or 'mnist[latent_dim=8]' or file:DATA.npz.  [default: four-points,digits]",
+        _TEXTS,
+    ),
+    "seeds": _Key("N|LIST", "How many (3) or which (0,1,2).  [default: 3]", _SEEDS),
+    "budget": _Key(
+        "UNIT=N",
+        "steps=5000, seconds=60, examples=1e6 or converged=10 (checks without improvement).  "
+        "[default: each problem's own]",
+    ),
+    "evaluators": _Key("NAMES", "Evaluators: importance,elbo.  [default: the usual ones]", _TEXTS),
+    "device": _Key("NAME", "auto, cpu or cuda.  [default: auto]"),
+    "precision": _Key("NAME", "float32 or float64.  [default: float32]"),
+    "out": _Key("DIR", "Folder of results; what it has is not done again.  [default: results/local]"),
+    "plugin": _Key("FILE.py", "A plugin from a file; may be repeated.", _TEXTS),
+    "retry": _Key("STATUSES", "Try again what ended so: failed,diverged.", _TEXTS),
 }
-"""Keys of a suite file, and what is expected of each."""
+
+_SUITE_HELP = "The same options from a file, as keys; those given here override."
 
 
 def plugin_option(command: Callable[..., int]) -> Callable[..., int]:
-    return click.option(
-        "--plugin", metavar="FILE.py", multiple=True, help="A plugin from a file; may be repeated."
-    )(command)  # fmt: skip
+    key = _KEYS["plugin"]
+    return click.option("--plugin", metavar=key.metavar, multiple=True, help=key.help)(command)
 
 
 def comparison_options(command: Callable[..., int]) -> Callable[..., int]:
     """The options that `compare` and `plan` share; the command gets them, with the suite's, as ``asked``."""
 
     @functools.wraps(command)
-    def parsed(
-        methods: str | None,
-        problems: str | None,
-        seeds: str | None,
-        budget: str | None,
-        evaluators: str | None,
-        device: str | None,
-        precision: str | None,
-        out: str | None,
-        suite: str | None,
-        plugin: tuple[str, ...],
-        retry: str | None,
-        **others: Any,
-    ) -> int:
-        given = {
-            "methods": methods,
-            "problems": problems,
-            "seeds": seeds,
-            "budget": budget,
-            "evaluators": evaluators,
-            "device": device,
-            "precision": precision,
-            "out": out,
-            "plugin": list(plugin) or None,
-            "retry": retry,
-        }
-        return command(asked=_arguments(given, suite), **others)
+    def parsed(suite: str | None, **values: Any) -> int:
+        given = {key: values.pop(key) for key in _KEYS}
+        given["plugin"] = list(given["plugin"]) or None
+        return command(asked=_arguments(given, suite), **values)
 
-    options = (
-        click.option("--methods", metavar="NAMES", help="Methods: avb,vae or 'avb[lr=1e-4|2e-4],vae'. Needed."),
-        click.option("--problems", metavar="NAMES", help="Problems: mnist or 'mnist[latent_dim=8]' or file:DATA.npz.  "
-                     "[default: four-points,digits]"),
-        click.option("--seeds", metavar="N|LIST", help="How many (3) or which (0,1,2).  [default: 3]"),
-        click.option("--budget", metavar="UNIT=N", help="steps=5000, seconds=60, examples=1e6 or converged=10.  "
-                     "[default: each problem's own]"),
-        click.option("--evaluators", metavar="NAMES", help="Evaluators: importance,elbo.  [default: the usual ones]"),
-        click.option("--device", metavar="NAME", help="auto, cpu or cuda.  [default: auto]"),
-        click.option("--precision", metavar="NAME", help="float32 or float64.  [default: float32]"),
-        click.option("--out", metavar="DIR", help="Folder of results; what it has is not done again.  "
-                     "[default: results/local]"),
-        click.option("--suite", metavar="FILE.toml", help="The same options from a file; those given here override."),
-        plugin_option,
-        click.option("--retry", metavar="STATUSES", help="Try jobs that ended so again: failed,diverged."),
-    )  # fmt: skip
-    callback: Callable[..., int] = parsed
-    for option in reversed(options):
-        callback = option(callback)
+    callback = click.option("--suite", metavar="FILE.toml", help=_SUITE_HELP)(parsed)
+    for name, key in reversed(_KEYS.items()):
+        option = click.option(f"--{name}", metavar=key.metavar, help=key.help)
+        callback = plugin_option(callback) if name == "plugin" else option(callback)
     return callback
 
 
@@ -137,8 +119,8 @@ def _read(path: Path) -> dict[str, Any]:
     for key, value in content.items():
         if key not in _KEYS:
             raise UserError(f"suite {str(path)!r}: {unknown('key', key, _KEYS)}")
-        if not _fits(value, _KEYS[key]):
-            raise UserError(f"suite {str(path)!r}: {key} = {value!r}: expected {_KEYS[key]}")
+        if not _fits(value, _KEYS[key].expected):
+            raise UserError(f"suite {str(path)!r}: {key} = {value!r}: expected {_KEYS[key].expected}")
     return content
 
 
