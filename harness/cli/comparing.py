@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -104,7 +105,7 @@ def _conclude(records: pd.DataFrame, store: Store, job_order: Sequence[str] = ()
 
     print_tables(records, store.examples(), output(), job_order)
     click.echo(f"records: {store.path / 'records.csv'}")
-    click.echo(f"report:  harness report {store.path}")
+    click.echo(f"report:  harness report {shlex.quote(str(store.path))}")
     failed = [row for row in statistics.rows(records) if row["status"] not in ("ok", "skipped")]
     for row in failed:
         by = f", evaluator {row['evaluator']}" if row["evaluator"] else ""
