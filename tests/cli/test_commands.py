@@ -240,6 +240,15 @@ def test_show_tells_equation_options_capabilities_and_provenance(run: Run) -> No
     assert re.search(r"^lr_decay +1.0 +number >= 0 +Factor by which", out, re.MULTILINE)  # documented in the base class
 
 
+@pytest.mark.parametrize("kind", ["methods", "datasets", "problems", "evaluators"])
+def test_everything_can_be_shown(kind: str, run: Run) -> None:
+    for entry in json.loads(run("list", kind, "--json")[1]):
+        code, out, err = run("show", entry["name"])
+        assert (code, err) == (0, "")
+        assert f"{kind[:-1]} {entry['name']}" in out
+        assert all(re.search(rf"^{option} ", out, re.MULTILINE) for option in entry["options"])
+
+
 def test_show_takes_options(run: Run) -> None:
     code, out, _ = run("show", "avb[lr=1e-4]")
     assert code == 0
