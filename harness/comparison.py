@@ -219,8 +219,8 @@ def _execute(comparison: Comparison, store: Store, progress: Progress) -> pd.Dat
 def _of(comparison: Comparison, records: pd.DataFrame) -> pd.DataFrame:
     """The records that speak of a comparison, in the order of its jobs."""
     order = {job.job_id: i for i, job in enumerate(comparison.jobs)}
-    names = {by.name for by in comparison.evaluators}
-    mine = records[records["job_id"].isin(order) & (records["evaluator"].isin(names) | records["evaluator"].isna())]
+    labels = {by.label for by in comparison.evaluators}
+    mine = records[records["job_id"].isin(order) & (records["evaluator"].isin(labels) | records["evaluator"].isna())]
     return mine.sort_values("job_id", key=lambda ids: ids.map(order), kind="stable").reset_index(drop=True)
 
 

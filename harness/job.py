@@ -257,7 +257,7 @@ def _measure_and_store(job: Job, by: Evaluator, fit: Fit, store: Store) -> JobOu
         store.write_text(f"measurements/{job.job_id}/{evaluator_file(by)}.traceback.txt", traceback.format_exc())
         measurements = []
     common = {
-        "evaluator": by.name,
+        "evaluator": by.label,
         "status": outcome.status,
         "reason": outcome.reason,
         "evaluate_seconds": clock.seconds.get("measure"),

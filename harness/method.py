@@ -58,7 +58,8 @@ class Budget:
         return Budget(unit, value)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
-        return f"{self.unit}={self.amount:g}" if self.amount < 1e6 else f"{self.unit}={int(self.amount)}"
+        amount = int(self.amount) if self.amount == int(self.amount) else self.amount
+        return f"{self.unit}={amount}"
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,7 @@ class GradientMethod(Method):
     """A method that is trained by stochastic gradients: a subclass writes only the mathematics.
 
     Args:
+        batch_size: Observations in a minibatch.
         lr_decay: Factor by which every learning rate falls over the last 60 % of the budget, geometrically; 1 for none.
         clip_norm: Largest norm of a player's gradient; 0 for no clipping, as in the released code of the AVB paper.
     """

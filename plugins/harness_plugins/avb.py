@@ -73,7 +73,10 @@ class AVB(GradientMethod):
     """Adversarial variational Bayes: primal and adversary updated simultaneously from one shared forward pass.
 
     Args:
+        noise_dim: Dimensions of the encoder's noise eps.
+        lr, adversary_lr: Learning rates of Adam for encoder with decoder, and for the adversary.
         adversary_steps: Adversary updates per primal update; those after the first see fresh batches.
+        beta1: Adam's decay rate of the first moment, of both players.
     """
 
     name: str = "avb"

@@ -77,7 +77,7 @@ class Digits(Problem):
     """8x8 digits, binarised afresh at every read; with ``likelihood=gaussian`` the intensities v / 16 as they are."""
 
     name: str = "digits"
-    latent_dim: PositiveInt = 8
+    latent_dim: PositiveInt = 2
     width: PositiveInt = 128
     depth: NonNegativeInt = 2
     activation: Activation = "softplus"

@@ -64,7 +64,11 @@ class GaussianPosterior(Posterior):
 
 @dataclass(frozen=True, kw_only=True)
 class VAE(GradientMethod):
-    """Gaussian VAE with one reparametrised sample and the analytic KL to a standard normal prior."""
+    """Gaussian VAE with one reparametrised sample and the analytic KL to a standard normal prior.
+
+    Args:
+        lr: Learning rate of Adam.
+    """
 
     name: str = "vae"
     lr: PositiveFloat = 1e-3
