@@ -86,7 +86,7 @@ def test_a_new_evaluator_trains_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("harness.job.fit_in_memory", lambda *a, **k: pytest.fail("trained again"))
     measured = evaluate(tmp_path, "importance[samples=50]")
     assert set(measured["job_id"]) == set(first["job_id"])
-    assert set(measured["evaluator"]) == {"importance"}
+    assert set(measured["evaluator"]) == {"importance[samples=50]"}
     assert len(Store(tmp_path).records()) == len(first) + len(measured)
 
 
