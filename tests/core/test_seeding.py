@@ -1,0 +1,148 @@
+"""Streams are derived by name, and one job's randomness never leaks into another's."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harness.seeding import Streams, derive, isolated
+
+CPU = torch.device("cpu")
+
+
+def draw(stream: torch.Generator) -> list[float]:
+    return torch.rand(4, generator=stream, dtype=torch.float64).tolist()
+
+
+def test_a_seed_depends_on_every_name_and_on_their_order() -> None:
+    names: list[tuple[str | int, ...]] = [
+        ("a", "b"),
+        ("b", "a"),
+        ("ab",),
+        ("a", "b", ""),
+        ("a", 1),
+        ("a", 11),
+        (1, "a"),
+    ]
+    seeds = [derive(*each) for each in names]
+    assert len(set(seeds)) == len(names)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derive("a", "b") == derive("a", "b")
+
+
+def test_seeds_are_the_same_in_every_process_and_version() -> None:
+    """Stored results are compared with new ones: a change here makes all of them stale."""
+    assert derive("shared", 0, "digits", "minibatches") == 7992512223642312876
+
+
+def test_shared_streams_do_not_know_the_method_and_own_streams_do() -> None:
+    avb, vae = Streams(0, "digits", "avb", CPU), Streams(0, "digits", "vae", CPU)
+    assert draw(avb.shared("minibatches")) == draw(vae.shared("minibatches"))
+    assert draw(avb.own("noise")) != draw(vae.own("noise"))
+    assert draw(avb.own("noise")) == draw(Streams(0, "digits", "avb", CPU).own("noise"))
+
+
+@pytest.mark.parametrize(
+    "other", [Streams(1, "digits", "avb", CPU), Streams(0, "mnist", "avb", CPU), Streams(0, "digits", "avb2", CPU)]
+)
+def test_streams_differ_in_seed_problem_and_purpose(other: Streams) -> None:
+    own = Streams(0, "digits", "avb", CPU)
+    assert draw(own.own("noise")) != draw(other.own("noise"))
+    assert draw(own.own("noise")) != draw(own.own("other"))
+    assert draw(own.own("noise")) != draw(own.shared("noise"))
+
+
+def weights(streams: Streams, *, shared: bool) -> Tensor:
+    with streams.initial_weights(shared=shared):
+        return nn.Linear(3, 3).weight.detach()
+
+
+def test_initial_weights_are_shared_or_own() -> None:
+    avb, vae = Streams(0, "digits", "avb", CPU), Streams(0, "digits", "vae", CPU)
+    assert torch.equal(weights(avb, shared=True), weights(vae, shared=True))
+    assert not torch.equal(weights(avb, shared=False), weights(vae, shared=False))
+    assert not torch.equal(weights(avb, shared=True), weights(avb, shared=False))
+
+
+def process_state() -> tuple[object, ...]:
+    numpy_state = np.random.get_state()
+    return (
+        torch.get_rng_state().tolist(),
+        repr(numpy_state),
+        random.getstate(),
+        torch.get_default_dtype(),
+        torch.is_grad_enabled(),
+    )
+
+
+def disturb() -> None:
+    torch.rand(3)
+    np.random.random(3)
+    random.random()
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+
+
+def disturb_and_raise() -> None:
+    disturb()
+    raise KeyError
+
+
+def test_initial_weights_leave_the_process_generator_alone() -> None:
+    before = process_state()
+    weights(Streams(0, "digits", "avb", CPU), shared=True)
+    assert process_state() == before
+
+
+def test_isolation_restores_the_process_even_after_an_exception() -> None:
+    before = process_state()
+    with pytest.raises(KeyError), isolated(1):
+        disturb_and_raise()
+    assert process_state() == before
+
+
+def test_inside_isolation_everything_is_seeded() -> None:
+    def inside(seed: int) -> tuple[float, float, float]:
+        with isolated(seed):
+            return float(torch.rand(())), float(np.random.random()), random.random()
+
+    first = inside(1)
+    torch.rand(7)
+    assert inside(1) == first
+    assert all(a != b for a, b in zip(inside(2), first, strict=True))
+
+
+def test_isolation_restores_pyro() -> None:
+    import pyro
+
+    validation = pyro.settings.get("validate_distributions_pyro")
+    pyro.clear_param_store()
+    pyro.param("kept", torch.tensor(1.0))
+    with isolated(1):
+        pyro.enable_validation(not validation)
+        pyro.clear_param_store()
+        pyro.param("left_behind", torch.tensor(2.0))
+    assert pyro.settings.get("validate_distributions_pyro") == validation
+    assert set(pyro.get_param_store().keys()) == {"kept"}
+    pyro.clear_param_store()
+
+
+def test_a_pyro_that_is_imported_inside_leaves_nothing_behind() -> None:
+    """In a fresh process: a plugin's import of Pyro is the first."""
+    code = """
+        import sys
+        from harness.seeding import isolated
+        assert "pyro" not in sys.modules
+        with isolated(1):
+            import pyro, torch
+            pyro.param("left_behind", torch.tensor(2.0))
+        assert not pyro.get_param_store().keys()
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
