@@ -40,6 +40,9 @@ class Measurement:
         bounds: Another quantity that the number bounds, e.g. `lower bound on log_likelihood`.
         exhaustive: The observations are the whole population: no test-set error.
         settings: The estimator's settings and diagnostics, JSON-compatible.
+
+    Raises:
+        ArithmeticError: If a value or an error is not finite: that is a failure, never a value.
     """
 
     metric: str
@@ -51,6 +54,11 @@ class Measurement:
     unit: str = "nats"
     exhaustive: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        bad = int((~np.isfinite(self.values + self.stderrs)).sum())
+        if bad:
+            raise ArithmeticError(f"{self.metric} is not finite for {bad} of {len(self.values)} observations")
 
     @property
     def value(self) -> float:

@@ -251,7 +251,7 @@ def _measure_and_store(job: Job, by: Evaluator, fit: Fit, store: Store) -> JobOu
         outcome = JobOutcome("skipped", reason) if reason else outcome
         if not reason:
             with isolated(derive("measure", job.job_id, by.label)), torch.no_grad(), clock.phase("measure"):
-                measurements = [_finite(measurement) for measurement in by.measure(fit, job.problem, run)]
+                measurements = by.measure(fit, job.problem, run)
     except Exception as error:  # an evaluator may fail in any way; the other evaluators go on
         outcome = JobOutcome("failed", f"{type(error).__name__}: {error}")
         store.write_text(f"measurements/{job.job_id}/{evaluator_file(by)}.traceback.txt", traceback.format_exc())
@@ -273,13 +273,6 @@ def _measure_and_store(job: Job, by: Evaluator, fit: Fit, store: Store) -> JobOu
     facts = {"key": job.measurement_key(by), "config": by.config, "rows": rows}
     store.write_measured(job.job_id, evaluator_file(by), facts, examples)
     return outcome
-
-
-def _finite(measurement: Measurement) -> Measurement:
-    if not (np.isfinite(measurement.values).all() and np.isfinite(measurement.stderrs).all()):
-        bad = int((~np.isfinite(measurement.values + measurement.stderrs)).sum())
-        raise ValueError(f"{measurement.metric} is not finite for {bad} of {len(measurement.values)} observations")
-    return measurement
 
 
 def _columns(measurement: Measurement) -> Facts:

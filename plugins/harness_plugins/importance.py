@@ -61,7 +61,6 @@ class Importance(Evaluator):
                 stderrs,
                 "stochastic lower bound",
                 indices,
-                bounds="stochastic lower bound on log_likelihood",
                 settings=self._settings(sizes),
             )
         ]

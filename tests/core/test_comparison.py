@@ -20,7 +20,10 @@ from torch import Tensor
 
 import harness
 from harness.comparison import evaluate, plan
+from harness.evaluator import EvaluationRun, Evaluator, Measurement
+from harness.method import Fit
 from harness.options import UserError
+from harness.problem import Problem
 from harness.record import COLUMNS, TIMING_COLUMNS
 from harness.store import Store
 from harness.training import Modules, Noise
@@ -237,6 +240,23 @@ def test_an_undefined_evaluator_gives_a_skipped_row(tmp_path: Path) -> None:
     records = harness.compare("avb", out=tmp_path, **{**SMALL, "seeds": 1, "evaluators": "elbo,exact"})
     assert records.set_index("evaluator")["status"].to_dict() == {"elbo": "skipped", "exact": "ok"}
     assert "density" in records.set_index("evaluator")["reason"]["elbo"]
+
+
+def test_a_number_that_is_not_finite_is_a_failure_and_never_a_value(tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Broken(Evaluator):
+        name: str = "broken"
+
+        def measure(self, fit: Fit, problem: Problem, run: EvaluationRun) -> list[Measurement]:
+            x, indices = run.data.scored(4)
+            values = torch.full((len(x),), torch.nan)
+            return [run.measurement("log_likelihood", values, torch.zeros(len(x)), "exact", indices)]
+
+    records = harness.compare("vae", out=tmp_path, **{**SMALL, "seeds": 1, "evaluators": [Broken(), "exact"]})
+    status = records.set_index("evaluator")["status"]
+    assert status["broken"] == "failed"
+    assert set(status["exact"]) == {"ok"}
+    assert "not finite" in records.set_index("evaluator")["reason"]["broken"]
 
 
 @pytest.mark.parametrize("delay", [0.5, 2.0, 4.0])
