@@ -207,7 +207,7 @@ def _pairing_notes(table: Table) -> list[str]:
     unpaired = [one_line(row.label) for row in scored if row.difference is None]
     found: list[str] = []
     if unpaired and "log_likelihood" in first.shown:
-        why = "no seed and observation in common, or measured with several settings"
+        why = "no seed and observation in common"
         found.append(f"no paired difference for {', '.join(unpaired)}: {why}")
     if len({_scored(row) for row in table.rows if _scored(row)}) > 1:
         found.append("log p(x) is over different numbers of observations: compare only the paired differences")

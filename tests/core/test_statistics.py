@@ -61,6 +61,15 @@ def test_difference_is_antisymmetric() -> None:
     assert one.per_seed == pytest.approx({seed: -value for seed, value in other.per_seed.items()})
 
 
+def test_errors_of_a_difference_by_hand() -> None:
+    """d = [[1, 2, 6], [3, 4, 2]]: means 3 and 3 over observations, 2, 3 and 4 over seeds."""
+    found = paired_difference(of_seeds(np.array([[1.0, 2, 6], [3, 4, 2]])), of_seeds(np.zeros((2, 3))))
+    assert found is not None
+    assert (found.value, found.stderr_seeds) == (3.0, 0.0)
+    assert found.stderr_test == pytest.approx(1 / math.sqrt(3))
+    assert found.stderr == pytest.approx(1 / math.sqrt(3))
+
+
 def test_difference_to_itself_is_zero_without_error() -> None:
     first, _ = simulated(np.random.default_rng(0), seeds=3, n=20, effect=0, sd_seeds=1, sd_test=1, sd_rest=1)
     same = paired_difference(first, first)
@@ -223,6 +232,9 @@ def test_density_ratio_is_shown_only_where_there_is_nothing_else() -> None:
     names = ("elbo", "adversarial_elbo")
     assert statistics.choose([ratio, bound], names) is bound
     assert statistics.choose([ratio], names) is ratio
+    seeds = [record(metric="kl_to_prior", kind="density ratio", seed=seed) for seed in range(3)]
+    exact = estimate(metric="kl_to_prior")
+    assert statistics.choose([statistics.over_seeds(seeds), exact], ("kl_to_prior",)) is exact
     assert statistics.choose([], names) is None
 
 
@@ -236,7 +248,7 @@ def test_only_finite_numbers_count() -> None:
 
 
 def test_ambiguous_values_are_not_paired() -> None:
-    """Two settings of one evaluator give two values per observation: no pairing of them would be right."""
+    """A file merged from two stores may hold an observation twice: no pairing of its values would be right."""
     once = pd.DataFrame({"job_id": "a", "evaluator": "exact", "metric": "elbo", "index": [2, 0], "value": [3.0, 1.0]})
     once["stderr"] = 0.1
     found = statistics.values_per_observation(once)["a", "exact", "elbo"]
