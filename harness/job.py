@@ -52,15 +52,18 @@ class Job:
     seed: int
     budget: Budget
     device: torch.device
-    precision: Precision = "float32"
+    precision: Precision
+    plugin: Plugin
     step_mode: str = "eager"
-    plugin: Plugin = Plugin("", "", "")
     fitted_on: str = ""
 
     @cached_property
     def job_id(self) -> str:
-        """The fit key. It changes with the data, the configuration and the sources that define the fit, and with nothing
-        else: neither the git commit nor other methods matter."""
+        """The fit key.
+
+        It changes with the data, the configuration and the sources that define the fit, and with nothing else: neither
+        the git commit nor other methods matter.
+        """
         return _digest(
             {
                 "spec": self.problem.spec_hash,

@@ -121,7 +121,7 @@ def resolve(
             everywhere or Budget.parse(problem.default_budget),
             place,
             precision,  # type: ignore[arg-type]
-            plugin=registry.plugin_of("methods", method),
+            registry.plugin_of("methods", method),
         )
         for problem in chosen_problems
         for seed in numbers
@@ -179,8 +179,8 @@ def stored_job(registry: Registry, facts: Facts, device: torch.device) -> Job | 
             Budget.parse(facts["budget"]),
             device,
             facts["precision"],
-            facts["step_mode"],
             registry.plugin_of("methods", method),
+            facts["step_mode"],
             fitted_on=facts["device"],
         )
     except (UserError, TypeError) as error:

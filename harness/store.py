@@ -1,12 +1,12 @@
 """The store: atomic files in, one pandas DataFrame out.
 
-    DIR/store.json                              schema version
-    DIR/jobs/JOB.json                           facts and status of a finished job; written last, so it is the commit
-    DIR/jobs/JOB.traceback.txt                  of a job that failed
-    DIR/fits/JOB/state.safetensors              the trained fit
-    DIR/fits/JOB/curve.csv  gallery.npz         training curve; arrays for the figures
-    DIR/measurements/JOB/EVALUATOR.json .npz    measurements of one evaluator; values per observation
-    DIR/records.parquet  .csv  examples.parquet derived from the above, can be rebuilt at any time
+DIR/store.json                              schema version
+DIR/jobs/JOB.json                           facts and status of a finished job; written last, so it is the commit
+DIR/jobs/JOB.traceback.txt                  of a job that failed
+DIR/fits/JOB/state.safetensors              the trained fit
+DIR/fits/JOB/curve.csv  gallery.npz         training curve; arrays for the figures
+DIR/measurements/JOB/EVALUATOR.json .npz    measurements of one evaluator; values per observation
+DIR/records.parquet  .csv  examples.parquet derived from the above, can be rebuilt at any time
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from harness.clock import Clock
 from harness.job import Job
 from harness.method import Budget, Fit, Method, Run
 from harness.problem import Problem, TrainingView
+from harness.registry import Plugin
 from harness.testing.laws import (
     check_options,
     require,
@@ -24,6 +25,7 @@ from harness.testing.small import SmallProblem, view_of
 from harness.training import GradientMethod, Modules, Noise
 
 STEPS = 5
+NO_PLUGIN = Plugin("trial", "not a plugin", "")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Trial:
 
 def trial(method: Method, problem: Problem, seed: int = 0) -> Trial:
     """Fit for a few steps in float64, on the CPU."""
-    job = Job(problem, method, seed, Budget("steps", STEPS), torch.device("cpu"), "float64")
+    job = Job(problem, method, seed, Budget("steps", STEPS), torch.device("cpu"), "float64", NO_PLUGIN)
     run = Run(job.device, job.dtype, job.budget, job.streams, Clock(job.device))
     with untouched(f"{method.name}: fit"), job.streams.initial_weights(shared=False):
         return Trial(job, method.fit(job.training_view(), run))
@@ -93,7 +95,7 @@ def _check_repeats(fit: Fit, again: Fit, x: Tensor) -> None:
 def _check_restores(tried: Trial, x: Tensor) -> None:
     """From the state alone: the view that it is restored into has other initial weights."""
     job = tried.job
-    other = Job(job.problem, job.method, 1, job.budget, job.device, job.precision)
+    other = Job(job.problem, job.method, 1, job.budget, job.device, job.precision, job.plugin)
     state = {key: tensor.clone() for key, tensor in tried.fit.state.items()}
     with other.streams.initial_weights(shared=False):
         restored = job.method.restore(other.training_view(), state)

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
+import harness
 from harness.evaluator import EvaluationRun
-from harness.job import Job, fit_in_memory
-from harness.method import Budget
 from harness.model import CanSimulate, HasClosedForm, LatentModel
 from harness.options import UserError
 from harness.problem import placed
@@ -167,9 +166,8 @@ def test_impossible_options_are_refused(options: dict[str, Any], message: str) -
 def test_a_trained_vae_is_off_by_the_closed_form_gap() -> None:
     """The whole chain against its exact answer: data, model, training and evaluator."""
     problem, method = LinearGaussian(), VAE(lr=2e-2, lr_decay=0.003, batch_size=256)
-    job = Job(problem, method, seed=0, budget=Budget("steps", 600), device=CPU)
-    fit, _, _ = fit_in_memory(job)
-    run = EvaluationRun(job.data(), problem, CPU, job.dtype, seed=0)
+    fit = harness.fit(method, problem, budget="steps=600", device="cpu")
+    run = EvaluationRun(harness.data(problem, device="cpu"), problem, CPU, torch.float32, seed=0)
     with torch.no_grad():
         _, kl = Exact(samples=200).measure(fit, problem, run)
     excess = kl.value - float(fixed_default().mean_field_gap())
