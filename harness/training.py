@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -117,6 +117,11 @@ class GradientMethod(Method):
         return Fit(view.model, self.posterior(modules), state, parameters, steps, gradient_evaluations)
 
 
+def stepper(method: GradientMethod, view: TrainingView, run: Run) -> Callable[[], None]:
+    """A function that takes one step of a fit: to time it, or to look on while a method trains."""
+    return _Loop(method, view, run, _built(method, view)).step
+
+
 def _built(method: GradientMethod, view: TrainingView) -> Modules:
     modules = method.build(view)
     if modules["model"] is not view.model:
@@ -203,7 +208,7 @@ class _Loop:
         step, done = 0, False
         while not done:
             step += 1
-            self._step()
+            self.step()
             if not by_clock or step % CLOCK_EVERY == 0:  # reading the clock waits for the device
                 fraction = self.run.fraction(step, self.method.batch_size)
             done = fraction >= 1
@@ -216,7 +221,7 @@ class _Loop:
             raise Diverged(f"parameters are not finite after step {step}")
         return step
 
-    def _step(self) -> None:
+    def step(self) -> None:
         """All players at once from one shared forward pass, then the further steps of those that take more."""
         losses = self.method.losses(self.modules, next(self.batches), next(self.noise))
         self.pending.append(losses[self.objective].detach())
