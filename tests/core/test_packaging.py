@@ -17,6 +17,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import harness
+import harness_plugins
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "tests/distributions/harness-example"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -62,6 +65,13 @@ def test_every_entry_point_has_its_module_and_every_module_its_entry_point() -> 
     targets = PROJECT["project"]["entry-points"]["harness.plugins"].values()
     modules = {f"harness_plugins.{path.stem}" for path in (ROOT / "plugins/harness_plugins").glob("*.py")}
     assert set(targets) == modules - {"harness_plugins.__init__"}
+
+
+@pytest.mark.skipif("HARNESS_EXPECTS_INSTALLED" not in os.environ, reason="tox says where the wheel is installed")
+def test_what_is_tested_is_what_was_installed() -> None:
+    installed = Path(os.environ["HARNESS_EXPECTS_INSTALLED"])
+    for package in (harness, harness_plugins):
+        assert Path(str(package.__file__)).is_relative_to(installed)
 
 
 def test_the_core_imports_no_plugin() -> None:
