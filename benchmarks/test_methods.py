@@ -1,7 +1,7 @@
 """Speed of one training step and of one evaluation of every registered method, on specs that all methods share.
 
-Run with ``pytest benchmarks/ --benchmark-only``. What a method reaches after a short fit (log-likelihood and KL, with the
-kind of each number) is kept beside its times in ``extra_info`` (see it with ``--benchmark-json=FILE``).
+Run with ``pytest benchmarks/ --benchmark-only``. What a method reaches after a short fit (log-likelihood and KL, with
+the kind of each) is kept beside its times in ``extra_info`` (see it with ``--benchmark-json=FILE``).
 """
 
 from __future__ import annotations
