@@ -68,7 +68,7 @@ class GradientMethod(Method):
     """
 
     batch_size: PositiveInt = 128
-    lr_decay: NonNegativeFloat = 1.0
+    lr_decay: NonNegativeFloat = 0.1
     clip_norm: NonNegativeFloat = 0.0
 
     @abstractmethod

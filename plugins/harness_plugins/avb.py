@@ -81,8 +81,8 @@ class AVB(GradientMethod):
 
     name: str = "avb"
     noise_dim: PositiveInt = 32
-    lr: PositiveFloat = 1e-3
-    adversary_lr: PositiveFloat = 2e-3
+    lr: PositiveFloat = 2e-3
+    adversary_lr: PositiveFloat = 4e-3
     adversary_steps: PositiveInt = 1
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.5
 

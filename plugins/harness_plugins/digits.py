@@ -98,7 +98,8 @@ class Digits(Problem):
             depth=self.depth,
             activation=self.activation,
             likelihood=self.likelihood,
-            pair_width=256,
+            pair_width=128,
+            pair_rank=64,
         )
 
 

@@ -71,7 +71,7 @@ class VAE(GradientMethod):
     """
 
     name: str = "vae"
-    lr: PositiveFloat = 1e-3
+    lr: PositiveFloat = 3e-3
 
     def unfit(self, view: TrainingView) -> str | None:
         if not isinstance(view.model, StandardNormalPrior):
