@@ -107,7 +107,7 @@ class Split:
 
     def read(self, indices: Tensor, stream: torch.Generator) -> Tensor:
         """Observations ``indices``, binarised afresh from ``stream`` where the data are dynamic: (B,) -> (B, *E)."""
-        x = self.values[indices].to(self.dtype)
+        x = self.values.index_select(0, indices).to(self.dtype)
         x = x if self.levels is None else x / self.levels
         if self.binarise:
             x = (torch.rand(x.shape, generator=stream, device=x.device, dtype=self.dtype) < x).to(self.dtype)

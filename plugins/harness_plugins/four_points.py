@@ -54,7 +54,7 @@ class FourPoints(Problem):
             pair="residual",
             pair_width=64,
             pair_depth=2,
-            pair_activation="elu",
+            pair_activation="leaky-relu",
         )
 
 
