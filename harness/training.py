@@ -211,11 +211,11 @@ class _Loop:
             self.step()
             if not by_clock or step % CLOCK_EVERY == 0:  # reading the clock waits for the device
                 fraction = self.run.fraction(step, self.method.batch_size)
+                self.lr_factor = self.method.lr_decay ** max(0.0, (fraction - 0.4) / 0.6)
             done = fraction >= 1
             check = done or step % self.check_every == 0
             if check or step % LOG_EVERY == 0:
                 self._log(step, fraction, check)
-                self.lr_factor = self.method.lr_decay ** max(0.0, (fraction - 0.4) / 0.6)
                 done = done or self.run.converged()
         if not all(bool(parameter.isfinite().all()) for parameter in self.modules.parameters()):
             raise Diverged(f"parameters are not finite after step {step}")

@@ -19,6 +19,9 @@ def pytest_configure() -> None:
     """Before collection, which looks at the registered data sets already."""
     _SURROUNDINGS.setenv("HARNESS_DATA", tempfile.mkdtemp(prefix="harness-data-"))
     _SURROUNDINGS.setenv("MPLBACKEND", "Agg")
+    # The networks of tests are so small that a second thread costs more than it brings; the variable is for processes.
+    _SURROUNDINGS.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 
 def pytest_unconfigure() -> None:

@@ -75,7 +75,7 @@ MISTAKES = [
     ([*COMPARE, "--evaluators", "importance[samples=0]"], "greater than"),
     # the same run twice
     (["compare", "--methods", "avb,avb"], "the same run is asked for twice: avb"),
-    (["compare", "--methods", "avb,avb[lr=1e-3]"], "the same run is asked for twice: avb"),
+    (["compare", "--methods", "avb,avb[batch_size=128]"], "the same run is asked for twice: avb"),
     (["compare", "--methods", "avb[lr=1e-4|0.0001]"], "the same run is asked for twice: avb[lr=0.0001]"),
     (["compare", "--methods", "avb", "--problems", "digits,digits"], "asked for twice: digits"),
     ([*COMPARE, "--evaluators", "elbo,elbo"], "asked for twice: elbo"),
@@ -197,7 +197,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused(capsys: pytest.CaptureFix
         ("methods = 'avb'\nout = ['a']", "out = ['a']: expected text"),
         ("methods = 'avb'\nmethods = 'vae'", "not valid TOML"),
         ("methods = ['avb', 'avb']", "the same run is asked for twice"),
-        ("methods = ['avb', 'vae,avb[lr=1e-3]']", "the same run is asked for twice"),
+        ("methods = ['avb', 'vae,avb[batch_size=128]']", "the same run is asked for twice"),
         ("methods = 'abv'", "unknown method 'abv'; did you mean 'avb'?"),
         ("methods = 'avb'\nplugin = 'missing.py'", "plugin file 'missing.py' does not exist"),
         ("methods = 'avb'\nretry = ['okay']", "unknown status to retry 'okay'"),
