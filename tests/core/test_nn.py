@@ -106,11 +106,15 @@ def test_residual_blocks_start_as_the_identity(generator: torch.Generator) -> No
     assert torch.equal(deep(x, z), shallow(x, z))
 
 
-def test_inner_product_features_are_the_product_and_both_sides(generator: torch.Generator) -> None:
-    """A head of ones gives <f(x), g(z)> + sum h(x) + sum k(z), as in the released code of the AVB paper."""
+def test_inner_product_features_are_products_and_both_sides(generator: torch.Generator) -> None:
+    """Each feature is a function of x times a function of z, so a head gives <f(x), g(z)> + h(x) + k(z)."""
     trunk = InnerProductPairTrunk(6, 2, 8, 1, 4, "elu", centre=False)
-    x, z = randn(3, 6, generator=generator), randn(3, 2, generator=generator)
-    f, h = trunk.from_x(x).chunk(2, -1)
-    g, k = trunk.from_z(z).chunk(2, -1)
-    torch.testing.assert_close(trunk(x, z).sum(-1), (f * g).sum(-1) + h.sum(-1) + k.sum(-1))
-    assert trunk.features == trunk(x, z).shape[-1] == 12
+    x, z = randn(2, 6, generator=generator), randn(2, 2, generator=generator)
+    same, crossed = trunk(x, z), trunk(x, z.flip(0))
+    torch.testing.assert_close(same[0] * same[1], crossed[0] * crossed[1])
+    only_x = (same == crossed).all(0)
+    only_z = (same == trunk(x.flip(0), z)).all(0)
+    assert bool(only_x.any())
+    assert bool(only_z.any())
+    assert int((~only_x & ~only_z).sum()) == 4  # the rank of the product
+    assert trunk.features == same.shape[-1]
