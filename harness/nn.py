@@ -136,16 +136,17 @@ class InnerProductPairTrunk(Trunk):
         self, inputs: int, latent_dim: int, width: int, depth: int, rank: int, activation: Activation, *, centre: bool
     ):
         super().__init__()
-        self.features = 3 * rank
+        self.features = rank + 2
         self.centre = centre
-        self.from_x = MLP(inputs, 2 * rank, width, depth, activation)
-        self.from_z = MLP(latent_dim, 2 * rank, width, depth, activation)
+        self.sizes = [rank, 1]
+        self.from_x = MLP(inputs, rank + 1, width, depth, activation)
+        self.from_z = MLP(latent_dim, rank + 1, width, depth, activation)
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """x (N, *E) and z (..., N, D) -> (..., N, features)."""
         h = x.flatten(1)
-        f, h_x = self.from_x(2 * h - 1 if self.centre else h).chunk(2, dim=-1)
-        g, k_z = self.from_z(z).chunk(2, dim=-1)
+        f, h_x = self.from_x(2 * h - 1 if self.centre else h).split(self.sizes, dim=-1)
+        g, k_z = self.from_z(z).split(self.sizes, dim=-1)
         return torch.cat([f * g, h_x.expand_as(k_z), k_z], dim=-1)
 
 

@@ -85,7 +85,7 @@ class Digits(Problem):
 
     @property
     def default_budget(self) -> str:
-        return "steps=5000"
+        return "steps=3000"
 
     def dataset(self) -> DatasetSpec:
         data = DigitsData().load()
@@ -99,7 +99,6 @@ class Digits(Problem):
             activation=self.activation,
             likelihood=self.likelihood,
             pair_width=128,
-            pair_rank=64,
         )
 
 
