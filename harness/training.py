@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -144,30 +144,28 @@ class _Owned:
         self.parameters = [parameter for name in player.on for parameter in modules[name].parameters()]
         if not self.parameters:
             return
-        pieces = [piece for parameter in self.parameters for piece in _aligned(parameter.detach())]
-        self.flat = torch.cat(pieces)
+        # Zeros behind each tensor make the next one start at an address that suits vector instructions.
+        self.paddings = [p.detach().new_zeros(-p.numel() % ALIGNED_ELEMENTS) for p in self.parameters]
+        self.flat = self._flattened([parameter.detach() for parameter in self.parameters])
         offset = 0
-        for parameter, padding in zip(self.parameters, pieces[1::2], strict=True):
+        for parameter, padding in zip(self.parameters, self.paddings, strict=True):
             parameter.data = self.flat[offset : offset + parameter.numel()].view_as(parameter)
             offset += parameter.numel() + len(padding)
-        self.flat.grad = torch.zeros_like(self.flat)
         self.optimiser = torch.optim.Adam([self.flat], lr=player.lr, betas=player.betas, fused=True)
+
+    def _flattened(self, tensors: Sequence[Tensor]) -> Tensor:
+        pairs = zip(tensors, self.paddings, strict=True)
+        return torch.cat([piece for tensor, padding in pairs for piece in (tensor.reshape(-1), padding)])
 
     def differentiate(self, loss: Tensor, clip_norm: float, *, keep: bool) -> None:
         """Put the gradient of the player's loss where the optimiser finds it."""
-        gradients = torch.autograd.grad(loss, self.parameters, retain_graph=keep)
-        self.flat.grad = torch.cat([piece for gradient in gradients for piece in _aligned(gradient)])
+        self.flat.grad = self._flattened(torch.autograd.grad(loss, self.parameters, retain_graph=keep))
         if clip_norm:
             nn.utils.clip_grad_norm_([self.flat], clip_norm)
 
     def step(self, lr_factor: float) -> None:
         self.optimiser.param_groups[0]["lr"] = self.player.lr * lr_factor
         self.optimiser.step()
-
-
-def _aligned(tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """A tensor's elements and the zeros that make the next one start at an address that suits vector instructions."""
-    return tensor.reshape(-1), tensor.new_zeros(-tensor.numel() % ALIGNED_ELEMENTS)
 
 
 @dataclass

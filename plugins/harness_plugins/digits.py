@@ -85,7 +85,7 @@ class Digits(Problem):
 
     @property
     def default_budget(self) -> str:
-        return "steps=3000"
+        return "steps=2000"
 
     def dataset(self) -> DatasetSpec:
         data = DigitsData().load()
