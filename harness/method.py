@@ -18,6 +18,7 @@ from harness.posterior import Posterior
 from harness.problem import Split, TrainingView
 from harness.seeding import Streams
 
+LEAST_IMPROVEMENT = 1e-3  # nats; less is no progress, or a fit would creep on for ever
 BudgetUnit = Literal["steps", "seconds", "examples", "converged"]
 
 
@@ -30,7 +31,7 @@ class Budget:
     """How long a fit may go on.
 
     ``steps``: parameter updates. ``seconds``: time on the fit clock. ``examples``: observations read.
-    ``converged``: until the validation objective has not improved at that many checks in a row.
+    ``converged``: until the validation objective has not improved by 0.001 nats at that many checks in a row.
     """
 
     unit: BudgetUnit
@@ -135,9 +136,11 @@ class Run:
         """Whether the validation objective has stopped improving, for budgets that ask for it."""
         if self.budget.unit != "converged":
             return False
-        checks = [point.validation for point in self.curve if point.validation is not None]
-        best = min(range(len(checks)), key=checks.__getitem__, default=0)
-        return len(checks) - 1 - best >= self.budget.amount
+        best, in_vain = math.inf, 0
+        for checked in (point.validation for point in self.curve if point.validation is not None):
+            better = checked < best - LEAST_IMPROVEMENT
+            best, in_vain = (checked, 0) if better else (best, in_vain + 1)
+        return in_vain >= self.budget.amount
 
 
 @dataclass(frozen=True)
