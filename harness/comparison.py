@@ -194,7 +194,7 @@ def _execute(comparison: Comparison, store: Store, progress: Progress) -> pd.Dat
     """Work on what is not done yet; the derived tables are written whatever happens."""
     tasks = [(job, entry) for job in comparison.jobs if not (entry := comparison.planned(job, store)).done]
     if not tasks:
-        return _of(comparison, store.records())
+        return _of(comparison, store.records() if store.is_derived() else store.derive())
     facts = {**environment.describe(comparison.device), "run_id": comparison.run_id}
     store.write_text("environment.json", json.dumps({**environment.versions(), **facts}, indent=1))
     counter = itertools.count(1)

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ from harness.evaluator import EvaluationRun, Evaluator, Measurement
 from harness.gallery import gallery
 from harness.method import Budget, CurvePoint, Diverged, Fit, Method, Run
 from harness.nn import count_parameters
-from harness.problem import DeviceData, Problem, TrainingView, loaded, placed, source_hash
+from harness.problem import DeviceData, Problem, TrainingView, class_sources, loaded, placed, source_hash
 from harness.record import SCHEMA
 from harness.registry import Plugin
 from harness.seeding import Streams, derive, isolated
@@ -74,12 +74,12 @@ class Job:
                 "precision": self.precision,
                 "step_mode": self.step_mode,
                 "device": self.fitted_on or self.device.type,
-                "source": [source_hash(thing) for thing in (type(self.method), *_FIT_SOURCES)],
+                "source": [*class_sources(type(self.method)), *map(source_hash, _FIT_SOURCES)],
             }
         )
 
     def measurement_key(self, by: Evaluator) -> str:
-        sources = [source_hash(thing) for thing in (type(by), *_MEASURE_SOURCES)]
+        sources = [*class_sources(type(by)), *map(source_hash, _MEASURE_SOURCES)]
         return _digest({"fit": self.job_id, "name": by.name, "config": by.config, "source": sources})
 
     @property
@@ -133,17 +133,14 @@ class JobOutcome:
 
 def evaluator_file(by: Evaluator) -> str:
     """Name of the store's file for an evaluator with its settings."""
-    return f"{by.name}-{_digest({'config': by.config})[:8]}"
+    return f"{by.name}-{_digest({'label': by.label})[:8]}"
 
 
 def is_measured(job: Job, by: Evaluator, store: Store, retry: Collection[str] = ()) -> bool:
     """Whether an evaluator, with its settings and its source as it is now, has measured this job's fit."""
+    key = job.measurement_key(by)  # before anything runs: of the source that was imported, not of a later edit
     facts = store.measured(job.job_id, evaluator_file(by))
-    return (
-        facts is not None
-        and facts["key"] == job.measurement_key(by)
-        and not any(found["status"] in retry for found in facts["rows"])
-    )
+    return facts is not None and facts["key"] == key and not any(found["status"] in retry for found in facts["rows"])
 
 
 def fit_in_memory(job: Job, on_progress: OnProgress = lambda fraction, point: None) -> tuple[Fit, Clock, Run]:
@@ -169,7 +166,7 @@ def fit_in_memory(job: Job, on_progress: OnProgress = lambda fraction, point: No
 
 
 class Skipped(Exception):
-    """A method that declares itself unfit for a problem; the message is the reason."""
+    """A method or an evaluator that declares itself unfit for what it was given; the message is the reason."""
 
 
 def restored(job: Job, store: Store) -> Fit:
@@ -198,10 +195,10 @@ def run_job(
         outcome, fit = JobOutcome("ok"), None
     if outcome.status != "ok":
         return outcome
+    the_fit = cache(lambda: fit or restored(job, store))
     for by in evaluators:
         on_measuring(by.name)
-        fit = fit or restored(job, store)
-        measured = _measure_and_store(job, by, fit, store)
+        measured = _measure_and_store(job, by, the_fit, store)
         outcome = measured if measured.status == "failed" else outcome
     return outcome
 
@@ -215,15 +212,16 @@ def _fit_and_store(
     try:
         fit, clock, run = fit_in_memory(job, on_progress)
         facts |= _spent(fit, clock)
-        shown = gallery(fit, job.data(), job.seed)
         state = {name: tensor.cpu().contiguous().numpy() for name, tensor in fit.state.items()}
-        store.write_fit(job.job_id, state, [dataclasses.asdict(point) for point in run.curve], shown)
+        curve = [dataclasses.asdict(point) for point in run.curve]
+        with isolated(derive("gallery", job.job_id)):
+            store.write_fit(job.job_id, state, curve, gallery(fit, job.data(), job.seed))
         outcome = JobOutcome("ok")
     except Skipped as error:
         outcome = JobOutcome("skipped", str(error))
     except Diverged as error:
         outcome = JobOutcome("diverged", str(error))
-    except Exception as error:  # a method may fail in any way; the other jobs go on
+    except (Exception, SystemExit) as error:  # a method may fail in any way; the other jobs go on
         outcome, text = JobOutcome("failed", f"{type(error).__name__}: {error}"), traceback.format_exc()
     store.write_job(job.job_id, {**facts, "status": outcome.status, "reason": outcome.reason}, text)
     return outcome, fit
@@ -235,47 +233,52 @@ def _spent(fit: Fit, clock: Clock) -> Facts:
         "decoder_parameters": count_parameters(fit.model),
         "method_parameters": fit.parameters,
         "fit_seconds": seconds,
-        "fit_steps": fit.steps,
-        "steps_per_second": fit.steps / seconds if fit.steps else None,
-        "gradient_evaluations": fit.gradient_evaluations,
+        "fit_steps": int(fit.steps),
+        "steps_per_second": int(fit.steps) / seconds if fit.steps else None,
+        "gradient_evaluations": int(fit.gradient_evaluations),
         "compile_seconds": clock.seconds.get("compile", 0.0),
         "peak_memory_bytes": clock.peak_bytes["fit"],
     }
 
 
-def _measure_and_store(job: Job, by: Evaluator, fit: Fit, store: Store) -> JobOutcome:
+def _measure_and_store(job: Job, by: Evaluator, fit: Callable[[], Fit], store: Store) -> JobOutcome:
     """Measure and store; an evaluator that is undefined here or fails gives one row that says why."""
-    clock = Clock(job.device)
-    measurements: list[Measurement] = []
+    clock, name = Clock(job.device), evaluator_file(by)
+    rows: list[Facts] = []
+    examples: dict[str, np.ndarray] = {}
     outcome = JobOutcome("ok")
-    run = EvaluationRun(job.data(), job.problem, job.device, job.dtype, job.seed)
     try:
-        reason = by.undefined(fit, job.problem)
-        outcome = JobOutcome("skipped", reason) if reason else outcome
-        if not reason:
-            with isolated(derive("measure", job.job_id, by.label)), torch.no_grad(), clock.phase("measure"):
-                measurements = by.measure(fit, job.problem, run)
-    except Exception as error:  # an evaluator may fail in any way; the other evaluators go on
+        measurements = _measure(job, by, fit(), clock)
+        rows = [_columns(measurement) for measurement in measurements]
+        examples = {key: array for measurement in measurements for key, array in _examples(measurement)}
+    except Skipped as error:
+        outcome = JobOutcome("skipped", str(error))
+    except (Exception, SystemExit) as error:  # an evaluator may fail in any way; the other evaluators go on
         outcome = JobOutcome("failed", f"{type(error).__name__}: {error}")
-        store.write_text(f"measurements/{job.job_id}/{evaluator_file(by)}.traceback.txt", traceback.format_exc())
-        measurements = []
+        store.write_text(f"measurements/{job.job_id}/{name}.traceback.txt", traceback.format_exc())
     common = {
         "evaluator": by.label,
         "status": outcome.status,
         "reason": outcome.reason,
         "evaluate_seconds": clock.seconds.get("measure"),
     }
-    rows = [{**common, **_columns(measurement)} for measurement in measurements] or [common]
-    examples = {
-        f"{measurement.metric}/{column}": array
-        for measurement in measurements
-        for column, array in (
-            ("index", measurement.indices), ("value", measurement.values), ("stderr", measurement.stderrs)
-        )
-    }  # fmt: skip
-    facts = {"key": job.measurement_key(by), "config": by.config, "rows": rows}
-    store.write_measured(job.job_id, evaluator_file(by), facts, examples)
+    facts = {"key": job.measurement_key(by), "config": by.config, "rows": [{**common, **row} for row in rows or [{}]]}
+    store.write_measured(job.job_id, name, facts, examples)
     return outcome
+
+
+def _measure(job: Job, by: Evaluator, fit: Fit, clock: Clock) -> list[Measurement]:
+    reason = by.undefined(fit, job.problem)
+    if reason:
+        raise Skipped(reason)
+    run = EvaluationRun(job.data(), job.problem, job.device, job.dtype, job.seed)
+    with isolated(derive("measure", job.job_id, by.label)), torch.no_grad(), clock.phase("measure"):
+        return by.measure(fit, job.problem, run)
+
+
+def _examples(measurement: Measurement) -> list[tuple[str, np.ndarray]]:
+    columns = {"index": measurement.indices, "value": measurement.values, "stderr": measurement.stderrs}
+    return [(f"{measurement.metric}/{column}", array) for column, array in columns.items()]
 
 
 def _columns(measurement: Measurement) -> Facts:

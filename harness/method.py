@@ -111,11 +111,11 @@ class Run:
                 yield split.read(waiting[:batch_size], binarisation)
                 waiting = waiting[batch_size:]
 
-    def fraction(self, step: int, batch_size: int) -> float:
+    def fraction(self, step: int, examples_per_step: int) -> float:
         """The part of the budget that is spent after ``step`` steps, in [0, 1]; 0 while convergence decides."""
         spent = {
             "steps": step,
-            "examples": step * batch_size,
+            "examples": step * examples_per_step,
             "seconds": self.clock.elapsed() if self.budget.unit == "seconds" else 0.0,
             "converged": 0.0,
         }[self.budget.unit]
@@ -130,6 +130,8 @@ class Run:
         self.curve.append(point)
         if not math.isfinite(point.objective):
             raise Diverged(f"objective is {point.objective} at or before step {point.step}")
+        if point.validation is not None and not math.isfinite(point.validation):
+            raise Diverged(f"validation objective is {point.validation} at step {point.step}")
         self.on_progress(fraction, point)
 
     def converged(self) -> bool:

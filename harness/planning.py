@@ -17,7 +17,7 @@ from harness.evaluator import Evaluator
 from harness.job import Job, Precision, evaluator_file, is_measured
 from harness.method import Budget, Method
 from harness.options import UserError, parse_seeds, unknown
-from harness.problem import Problem, loaded
+from harness.problem import DataError, Problem, loaded
 from harness.record import STATUSES
 from harness.registry import Registry
 from harness.store import Facts, Store
@@ -183,10 +183,11 @@ def stored_job(registry: Registry, facts: Facts, device: torch.device) -> Job | 
             facts["step_mode"],
             fitted_on=facts["device"],
         )
-    except (UserError, TypeError) as error:
+        same = job.job_id == facts["job_id"]
+    except (UserError, DataError, TypeError) as error:
         log.warning("job %s is left out: %s", facts["job_id"], error)
         return None
-    if job.job_id != facts["job_id"]:
+    if not same:
         log.warning("job %s (%s on %s) is left out: its sources or data have changed since it was fitted",
                     facts["job_id"], facts["method"], facts["problem"])  # fmt: skip
         return None

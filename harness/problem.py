@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
@@ -261,10 +262,15 @@ class Problem(Configurable, ABC):
         """Identifies data, model spec and the source that defines them; the same for every method."""
         facts = {
             "data": loaded(self).content_hash,
-            "problem": type(self).__qualname__,
+            "problem": [type(self).__qualname__, self.label],  # streams are named by the label
             "config": self.config,
             "model": repr(self.model_spec()),
-            "source": [source_hash(part) for part in (type(self), model_module, nn_module)],
+            "source": [
+                *class_sources(type(self)),
+                *class_sources(type(self.model_spec())),
+                source_hash(model_module),
+                source_hash(nn_module),
+            ],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -300,3 +306,12 @@ def source_hash(thing: object) -> str:
     if path is None:
         raise TypeError(f"{thing!r} has no source file; results of a plugin without one cannot be identified")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def class_sources(cls: type) -> list[str]:
+    """Hashes of the source files of a class and of all that it derives from, the standard library apart.
+
+    Modules that a plugin imports besides are not seen: what defines results belongs into the classes' own files.
+    """
+    bases = [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in sys.stdlib_module_names]
+    return [source_hash(base) for base in bases]

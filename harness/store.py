@@ -14,8 +14,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,7 @@ class Store:
         curve: Sequence[Mapping[str, Any]],
         gallery: Mapping[str, np.ndarray],
     ) -> None:
+        shutil.rmtree(self.path / "measurements" / job_id, ignore_errors=True)  # they speak of an earlier fit
         self._write(f"fits/{job_id}/state.safetensors", save_tensors(dict(state)))
         table = pd.DataFrame(curve, columns=["step", "seconds", "objective", "validation"])
         self._write(f"fits/{job_id}/curve.csv", table.to_csv(index=False).encode())
@@ -139,6 +142,7 @@ class Store:
 
     def write_measured(self, job_id: str, evaluator: str, facts: Facts, examples: Mapping[str, np.ndarray]) -> None:
         """Write measurements; the values per observation first."""
+        (self.path / "measurements" / job_id / f"{evaluator}.json").unlink(missing_ok=True)
         self._write(f"measurements/{job_id}/{evaluator}.npz", _npz(examples))
         self._write(f"measurements/{job_id}/{evaluator}.json", json.dumps(facts, indent=1).encode())
 
@@ -177,6 +181,13 @@ class Store:
                     metric = facts["metric"]
                     yield facts, {column: arrays[f"{metric}/{column}"] for column in ("index", "value", "stderr")}
 
+    def is_derived(self) -> bool:
+        """Whether the derived tables are there and newer than everything that they are derived from."""
+        derived = [self.path / name for name in ("records.parquet", "records.csv", "examples.parquet")]
+        sources = [*(self.path / "jobs").glob("*.json"), *(self.path / "measurements").glob("*/*.json")]
+        newest = max((path.stat().st_mtime_ns for path in sources), default=0)
+        return all(path.is_file() and path.stat().st_mtime_ns >= newest for path in derived)
+
     def derive(self) -> pd.DataFrame:
         """Write records.parquet, records.csv and examples.parquet anew; returns the records."""
         records, examples = self.records(), self.examples()
@@ -201,6 +212,7 @@ class Store:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
+            _sync_folder(path.parent)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
@@ -210,6 +222,16 @@ class Store:
             return json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}); delete it to have it computed anew") from None
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive the loss of power, where folders can be opened (not on Windows)."""
+    with suppress(PermissionError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:

@@ -15,7 +15,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from pydantic import NonNegativeFloat, PositiveInt
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from harness.method import CurvePoint, Diverged, Fit, Method, Run
@@ -64,11 +64,12 @@ class GradientMethod(Method):
     Args:
         batch_size: Observations in a minibatch.
         lr_decay: Factor by which every learning rate falls over the last 60 % of the budget, geometrically; 1 for none.
+            Without effect where convergence decides.
         clip_norm: Largest norm of a player's gradient; 0 for no clipping, as in the released code of the AVB paper.
     """
 
     batch_size: PositiveInt = 128
-    lr_decay: NonNegativeFloat = 0.1
+    lr_decay: PositiveFloat = 0.1
     clip_norm: NonNegativeFloat = 0.0
 
     @abstractmethod
@@ -203,12 +204,13 @@ class _Loop:
         """Train until the budget is spent; returns the number of steps."""
         self.modules.train()
         fraction, by_clock = 0.0, self.run.budget.unit == "seconds"
+        batches_per_step = 1 + sum(owned.player.steps - 1 for owned in self.owned if owned.parameters)
         step, done = 0, False
         while not done:
             step += 1
             self.step()
             if not by_clock or step % CLOCK_EVERY == 0:  # reading the clock waits for the device
-                fraction = self.run.fraction(step, self.method.batch_size)
+                fraction = self.run.fraction(step, self.method.batch_size * batches_per_step)
                 self.lr_factor = self.method.lr_decay ** max(0.0, (fraction - 0.4) / 0.6)
             done = fraction >= 1
             check = done or step % self.check_every == 0

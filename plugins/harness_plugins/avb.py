@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from harness import hookimpl
+from harness.model import StandardNormalPrior
 from harness.nn import Trunk, linear
 from harness.posterior import Posterior
 from harness.problem import TrainingView
@@ -85,6 +86,11 @@ class AVB(GradientMethod):
     adversary_lr: PositiveFloat = 4e-3
     adversary_steps: PositiveInt = 1
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+    def unfit(self, view: TrainingView) -> str | None:
+        if not isinstance(view.model, StandardNormalPrior):
+            return "the adversary's samples and its |z|^2/2 need a standard normal prior"
+        return None
 
     def build(self, view: TrainingView) -> Modules:
         return Modules(

@@ -152,7 +152,7 @@ class LinearGaussian(Problem):
 
     @property
     def default_budget(self) -> str:
-        return "steps=6000"
+        return "steps=15000"
 
     @property
     def optimum(self) -> float:

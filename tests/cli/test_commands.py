@@ -237,7 +237,7 @@ def test_show_tells_equation_options_capabilities_and_provenance(run: Run) -> No
     assert "AdversarialPosterior: HasLogRatio" in out
     assert "'avb' of inference-harness" in out
     assert re.search(r"^adversary_steps +1 +integer > 0 +Adversary updates per primal update", out, re.MULTILINE)
-    assert re.search(r"^lr_decay +0.1 +number >= 0 +Factor by which", out, re.MULTILINE)  # documented in the base class
+    assert re.search(r"^lr_decay +0.1 +number > 0 +Factor by which", out, re.MULTILINE)  # documented in the base class
 
 
 @pytest.mark.parametrize("kind", ["methods", "datasets", "problems", "evaluators"])

@@ -273,6 +273,44 @@ def test_kill_at_any_instant_leaves_a_store_that_goes_on(tmp_path: Path, delay: 
     assert not np.isnan(records["value"].astype(float)).any()
 
 
+def test_a_damaged_fit_becomes_rows_and_the_others_go_on(tmp_path: Path) -> None:
+    first = harness.compare(METHODS, out=tmp_path, **{**SMALL, "seeds": 1, "evaluators": "exact"})
+    damaged = first[first["method"] == "vae"]["job_id"].iloc[0]
+    (tmp_path / "fits" / damaged / "state.safetensors").write_bytes(b"garbage")
+    later = evaluate(tmp_path, "reconstruction").set_index("method")
+    assert later["status"].to_dict() == {"vae": "failed", "avb": "ok"}
+    assert "damaged" in later["reason"]["vae"]
+
+
+def test_tables_that_were_lost_are_written_again(tmp_path: Path) -> None:
+    harness.compare("vae", out=tmp_path, **SMALL)
+    content = (tmp_path / "records.csv").read_bytes()
+    (tmp_path / "records.csv").unlink()
+    harness.compare("vae", out=tmp_path, **SMALL)
+    assert (tmp_path / "records.csv").read_bytes() == content
+
+
+def test_a_method_that_exits_is_a_failed_row(tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Exiting(VAE):
+        name: str = "exiting"
+
+        def build(self, view: object) -> Modules:
+            raise SystemExit(3)
+
+    records = harness.compare([Exiting(), "vae"], out=tmp_path, **{**SMALL, "seeds": 1, "evaluators": "exact"})
+    assert records.groupby("method")["status"].first().to_dict() == {"exiting": "failed", "vae": "ok"}
+
+
+def test_editing_what_a_plugin_derives_from_makes_its_fits_stale() -> None:
+    """The key holds the sources of all base classes."""
+    from harness.problem import class_sources, source_hash
+    from harness_plugins.avb import AVB
+
+    assert source_hash(VAE) in class_sources(Raising)
+    assert source_hash(AVB) not in class_sources(Raising)
+
+
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     records = harness.compare("vae", out=tmp_path, **{**SMALL, "seeds": 1})
     (tmp_path / "fits" / records["job_id"][0] / "state.safetensors").write_bytes(b"garbage")
