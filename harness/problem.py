@@ -268,8 +268,7 @@ class Problem(Configurable, ABC):
             "source": [
                 *class_sources(type(self)),
                 *class_sources(type(self.model_spec())),
-                source_hash(model_module),
-                source_hash(nn_module),
+                *map(source_hash, (model_module, nn_module)),
             ],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
