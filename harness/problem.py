@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,8 @@ from harness.model import BernoulliLikelihood, DecoderModel, GaussianLikelihood,
 from harness.nn import MLP, Activation, EncoderTrunk, InnerProductPairTrunk, ResidualPairTrunk, Trunk
 from harness.options import Configurable
 from harness.seeding import Streams, generator
+
+_SHARED_SOURCES: tuple[ModuleType, ...] = (model_module, nn_module)
 
 Binarisation = Literal["dynamic", "static", "none"]
 SplitName = Literal["train", "validation", "test"]
@@ -268,7 +271,7 @@ class Problem(Configurable, ABC):
             "source": [
                 *class_sources(type(self)),
                 *class_sources(type(self.model_spec())),
-                *map(source_hash, (model_module, nn_module)),
+                *map(source_hash, _SHARED_SOURCES),
             ],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
