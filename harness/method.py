@@ -98,7 +98,8 @@ class Run:
     def batches(self, split: Split, batch_size: int) -> Iterator[Tensor]:
         """Minibatches without end, shape (batch_size, *E); the same for all methods of a comparison.
 
-        One permutation of the data after another, cut into batches: every observation is read equally often.
+        One permutation of the data after another, cut into batches: every observation is read equally often. Further
+        steps of a player read on in the same stream, so such a method runs ahead of those without.
         """
         order, binarisation = self.streams.shared("minibatches"), self.streams.shared("binarisation")
         n = len(split)

@@ -47,7 +47,7 @@ class Store:
         """Open a folder for writing, make it if need be.
 
         Raises:
-            UserError: If it cannot be written to, or holds another kind of thing.
+            UserError: If it cannot be written to, or was written by a version with another schema.
         """
         store = Store(path)
         try:
