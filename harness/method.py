@@ -95,13 +95,16 @@ class Run:
         """A stream of the method's own."""
         return self.streams.own(name)
 
-    def batches(self, split: Split, batch_size: int) -> Iterator[Tensor]:
+    def batches(self, split: Split, batch_size: int, purpose: str = "minibatches") -> Iterator[Tensor]:
         """Minibatches without end, shape (batch_size, *E); the same for all methods of a comparison.
 
-        One permutation of the data after another, cut into batches: every observation is read equally often. Further
-        steps of a player read on in the same stream, so such a method runs ahead of those without.
+        One permutation of the data after another, cut into batches: every observation is read equally often.
+
+        Args:
+            purpose: Names the stream. What not every method reads has a stream of its own.
         """
-        order, binarisation = self.streams.shared("minibatches"), self.streams.shared("binarisation")
+        order = self.streams.shared(purpose)
+        binarisation = self.streams.shared("binarisation" if purpose == "minibatches" else f"binarisation/{purpose}")
         n = len(split)
         epochs = max(1, math.ceil(64 * batch_size / n))
         waiting = torch.empty(0, dtype=torch.long, device=self.device)

@@ -25,6 +25,7 @@ from harness.problem import TrainingView
 
 Noise = dict[str, Tensor]
 
+FURTHER = "further minibatches"  # of a player's own steps: the first step's stay the same for all methods
 LOG_EVERY = 100
 ALIGNED_ELEMENTS = 16  # 64 bytes of float32
 CLOCK_EVERY = 10
@@ -183,6 +184,7 @@ class _Loop:
         self.objective = self.owned[0].player.name
         self.shapes = self.method.noise(self.view)
         self.batches = self.run.batches(self.view.train, self.method.batch_size)
+        self.further_batches = self.run.batches(self.view.train, self.method.batch_size, FURTHER)
         self.noise = self._noise_stream("noise")
         self.check_every = (
             math.ceil(self.run.budget.amount / VALIDATION_CHECKS)
@@ -233,7 +235,7 @@ class _Loop:
             owned.step(self.lr_factor)
         for owned in movers:
             for _ in range(owned.player.steps - 1):
-                losses = self.method.losses(self.modules, next(self.batches), next(self.noise))
+                losses = self.method.losses(self.modules, next(self.further_batches), next(self.noise))
                 owned.differentiate(losses[owned.player.name], clip_norm, keep=False)
                 owned.step(self.lr_factor)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +17,10 @@ from harness.clock import Clock
 from harness.method import Budget, CurvePoint, Diverged, Fit, Run
 from harness.model import BernoulliLikelihood, DecoderModel, LatentModel
 from harness.nn import MLP
-from harness.problem import MLPSpec, ModelSpec, TrainingView, placed
+from harness.problem import MLPSpec, ModelSpec, Split, TrainingView, placed
 from harness.seeding import Streams
 from harness.testing import SmallProblem
-from harness.training import GradientMethod, Modules, Noise, Player
+from harness.training import FURTHER, GradientMethod, Modules, Noise, Player
 from harness_plugins.avb import AVB
 from harness_plugins.vae import VAE
 
@@ -53,9 +54,10 @@ def hand_written_avb(method: AVB, steps: int) -> dict[str, Tensor]:
     primal_optimiser = torch.optim.Adam(primal, lr=method.lr, betas=(0.5, 0.999))
     dual_optimiser = torch.optim.Adam(dual, lr=method.adversary_lr, betas=(0.5, 0.999))
     batches = run.batches(view.train, method.batch_size)
+    further_batches = run.batches(view.train, method.batch_size, FURTHER)
     eps_stream, prior_stream = run.generator("noise/eps"), run.generator("noise/prior_z")
 
-    def draw() -> tuple[Tensor, Tensor, Tensor]:
+    def draw(batches: Iterator[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         eps = torch.randn(method.batch_size, method.noise_dim, generator=eps_stream, dtype=DOUBLE)
         prior_z = torch.randn(method.batch_size, view.latent_dim, generator=prior_stream, dtype=DOUBLE)
         return next(batches), eps, prior_z
@@ -72,7 +74,7 @@ def hand_written_avb(method: AVB, steps: int) -> dict[str, Tensor]:
             nn.utils.clip_grad_norm_(parameters, method.clip_norm)
 
     for step in range(1, steps + 1):
-        x, eps, prior_z = draw()
+        x, eps, prior_z = draw(batches)
         z = encoder(x, eps)
         primal_loss = (adversary(x, z) - model.log_likelihood(x, z)).mean()
         dual_loss = adversary_loss(x, z, prior_z)
@@ -81,7 +83,7 @@ def hand_written_avb(method: AVB, steps: int) -> dict[str, Tensor]:
         primal_optimiser.step()
         dual_optimiser.step()
         for _ in range(method.adversary_steps - 1):
-            x, eps, prior_z = draw()
+            x, eps, prior_z = draw(further_batches)
             differentiate(adversary_loss(x, encoder(x, eps), prior_z), dual)
             dual_optimiser.step()
         factor = method.lr_decay ** max(0.0, (step / steps - 0.4) / 0.6)
@@ -121,6 +123,30 @@ def test_a_budget_of_examples_is_the_same_run_as_one_of_steps() -> None:
     assert by_examples.steps == 30
     assert len(run.curve) > len(other.curve)
     assert all(bool((by_steps.state[name] == by_examples.state[name]).all()) for name in by_steps.state)
+
+
+def test_further_steps_leave_the_shared_minibatches_alone() -> None:
+    """The first step of a method with further ones reads what a method without them reads, step by step."""
+
+    def first_batches(method: AVB) -> list[Tensor]:
+        seen: list[Tensor] = []
+        view, run = view_and_run("steps=6")
+        read = run.batches
+
+        def watched(split: Split, batch_size: int, purpose: str = "minibatches") -> Iterator[Tensor]:
+            for x in read(split, batch_size, purpose):
+                if purpose == "minibatches":
+                    seen.append(x)
+                yield x
+
+        run.batches = watched
+        with run.clock.phase("fit"), run.streams.initial_weights(shared=False):
+            method.fit(view, run)
+        return seen
+
+    alone, beside = first_batches(AVB(batch_size=8)), first_batches(AVB(batch_size=8, adversary_steps=3))
+    assert len(alone) == len(beside) == 6
+    assert all(torch.equal(a, b) for a, b in zip(alone, beside, strict=True))
 
 
 def test_a_budget_of_examples_is_rounded_up_to_whole_steps() -> None:
