@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from types import ModuleType
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,8 @@ Kind = Literal[
     "density ratio",
 ]
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
@@ -39,7 +42,9 @@ class Measurement:
         indices: Indices of the observations in the test split, shape (N,).
         bounds: Another quantity that the number bounds, e.g. `lower bound on log_likelihood`.
         exhaustive: The observations are the whole population: no test-set error.
+        split: Where the observations are from, unless it is the test split, e.g. `simulated`.
         settings: The estimator's settings and diagnostics, JSON-compatible.
+        traces: Arrays of diagnostics for figures, of any shape, by name.
 
     Raises:
         ArithmeticError: If a value or an error is not finite: that is a failure, never a value.
@@ -53,7 +58,9 @@ class Measurement:
     bounds: str = ""
     unit: str = "nats"
     exhaustive: bool = False
+    split: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    traces: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         bad = int((~np.isfinite(self.values + self.stderrs)).sum())
@@ -84,6 +91,10 @@ class EvaluationRun:
 
     The streams have no method in their name: all methods are scored with the same noise, which makes their
     differences more precise.
+
+    Args:
+        progress: Told how much of the measuring is done, in [0, 1], and the facts that are worth showing meanwhile.
+        found: What evaluators of this fit have computed together, see `once`.
     """
 
     data: DeviceData
@@ -91,6 +102,17 @@ class EvaluationRun:
     device: torch.device
     dtype: torch.dtype
     seed: int
+    progress: Callable[[float, str], None] = lambda fraction, facts: None
+    found: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, key: Hashable, compute: Callable[[], T]) -> T:
+        """What ``compute`` returns, computed at most once for a fit, whichever of its evaluators asks first.
+
+        ``compute`` must depend on the fit and on ``key`` alone, so that it does not matter who asked.
+        """
+        if key not in self.found:
+            self.found[key] = compute()
+        return self.found[key]
 
     def generator(self, evaluator: str, purpose: str) -> torch.Generator:
         stream = torch.Generator(device=self.device)
@@ -117,6 +139,9 @@ class Evaluator(Configurable, ABC):
 
     by_default: ClassVar[bool] = True
     """Whether a comparison that names no evaluators uses this one."""
+
+    modules: ClassVar[tuple[ModuleType, ...]] = ()
+    """Modules, besides those of its base classes, whose source defines its numbers: an edit there makes them stale."""
 
     def undefined(self, fit: Fit, problem: Problem) -> str | None:
         """Why this evaluator says nothing about this fit, or None. It then gives a ``skipped`` row."""

@@ -29,6 +29,7 @@ from harness.store import Facts, Store
 
 Precision = Literal["float32", "float64"]
 OnProgress = Callable[[float, CurvePoint], None]
+OnMeasured = Callable[[float, str], None]
 
 _FIT_SOURCES = (seeding, model, posterior, nn, problem, method, training)
 _MEASURE_SOURCES = (evaluator, estimators)
@@ -79,7 +80,7 @@ class Job:
         )
 
     def measurement_key(self, by: Evaluator) -> str:
-        sources = [*class_sources(type(by)), *map(source_hash, _MEASURE_SOURCES)]
+        sources = [*class_sources(type(by)), *map(source_hash, (*by.modules, *_MEASURE_SOURCES))]
         return _digest({"fit": self.job_id, "name": by.name, "config": by.config, "source": sources})
 
     @property
@@ -183,6 +184,7 @@ def run_job(
     environment: Mapping[str, Any],
     on_progress: OnProgress = lambda fraction, point: None,
     on_measuring: Callable[[str], None] = lambda name: None,
+    on_measured: OnMeasured = lambda fraction, facts: None,
 ) -> JobOutcome:
     """Fit a job, unless its fit is stored, and measure it by each of the evaluators; store everything.
 
@@ -196,9 +198,10 @@ def run_job(
     if outcome.status != "ok":
         return outcome
     the_fit = cache(lambda: fit or restored(job, store))
+    run = EvaluationRun(job.data(), job.problem, job.device, job.dtype, job.seed, on_measured)
     for by in evaluators:
         on_measuring(by.name)
-        measured = _measure_and_store(job, by, the_fit, store)
+        measured = _measure_and_store(job, by, the_fit, run, store)
         outcome = measured if measured.status == "failed" else outcome
     return outcome
 
@@ -241,16 +244,16 @@ def _spent(fit: Fit, clock: Clock) -> Facts:
     }
 
 
-def _measure_and_store(job: Job, by: Evaluator, fit: Callable[[], Fit], store: Store) -> JobOutcome:
+def _measure_and_store(job: Job, by: Evaluator, fit: Callable[[], Fit], run: EvaluationRun, store: Store) -> JobOutcome:
     """Measure and store; an evaluator that is undefined here or fails gives one row that says why."""
     clock, name = Clock(job.device), evaluator_file(by)
     rows: list[Facts] = []
     examples: dict[str, np.ndarray] = {}
     outcome = JobOutcome("ok")
     try:
-        measurements = _measure(job, by, fit(), clock)
+        measurements = _measure(job, by, fit(), run, clock)
         rows = [_columns(measurement) for measurement in measurements]
-        examples = {key: array for measurement in measurements for key, array in _examples(measurement)}
+        examples = {key: array for measurement in measurements for key, array in _arrays(measurement)}
     except Skipped as error:
         outcome = JobOutcome("skipped", str(error))
     except (Exception, SystemExit) as error:  # an evaluator may fail in any way; the other evaluators go on
@@ -267,23 +270,25 @@ def _measure_and_store(job: Job, by: Evaluator, fit: Callable[[], Fit], store: S
     return outcome
 
 
-def _measure(job: Job, by: Evaluator, fit: Fit, clock: Clock) -> list[Measurement]:
+def _measure(job: Job, by: Evaluator, fit: Fit, run: EvaluationRun, clock: Clock) -> list[Measurement]:
     reason = by.undefined(fit, job.problem)
     if reason:
         raise Skipped(reason)
-    run = EvaluationRun(job.data(), job.problem, job.device, job.dtype, job.seed)
     with isolated(derive("measure", job.job_id, by.label)), torch.no_grad(), clock.phase("measure"):
         return by.measure(fit, job.problem, run)
 
 
-def _examples(measurement: Measurement) -> list[tuple[str, np.ndarray]]:
+def _arrays(measurement: Measurement) -> list[tuple[str, np.ndarray]]:
     columns = {"index": measurement.indices, "value": measurement.values, "stderr": measurement.stderrs}
+    columns |= {f"traces/{name}": array for name, array in measurement.traces.items()}
     return [(f"{measurement.metric}/{column}", array) for column, array in columns.items()]
 
 
 def _columns(measurement: Measurement) -> Facts:
     stderr_test = measurement.stderr_test
+    split = {"split": measurement.split} if measurement.split else {}
     return {
+        **split,
         "metric": measurement.metric,
         "value": measurement.value,
         "kind": measurement.kind,

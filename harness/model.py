@@ -98,6 +98,10 @@ class Likelihood(nn.Module, ABC):
         """x (N, E) and outputs (..., N, E) or (..., 1, E) -> (..., N), nats."""
 
     @abstractmethod
+    def score(self, x: Tensor, outputs: Tensor) -> Tensor:
+        """Gradient of `log_prob` in the outputs: x (N, E) and outputs (..., N, E) -> (..., N, E)."""
+
+    @abstractmethod
     def mean(self, outputs: Tensor) -> Tensor: ...
 
     @abstractmethod
@@ -109,6 +113,9 @@ class BernoulliLikelihood(Likelihood):
 
     def log_prob(self, x: Tensor, outputs: Tensor) -> Tensor:
         return _inner(outputs, x) - softplus(outputs).sum(-1)
+
+    def score(self, x: Tensor, outputs: Tensor) -> Tensor:
+        return x - outputs.sigmoid()
 
     def mean(self, outputs: Tensor) -> Tensor:
         return outputs.sigmoid()
@@ -136,6 +143,9 @@ class GaussianLikelihood(Likelihood):
             squared = (x - outputs).square().sum(-1)
         elements = x.shape[-1]
         return -0.5 * (squared * torch.exp(-2 * self.log_sd) + elements * LOG_2PI) - elements * self.log_sd
+
+    def score(self, x: Tensor, outputs: Tensor) -> Tensor:
+        return (x - outputs) * torch.exp(-2 * self.log_sd)
 
     def mean(self, outputs: Tensor) -> Tensor:
         return outputs

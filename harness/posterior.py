@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Posterior(ABC):
@@ -53,4 +53,21 @@ class HasLogRatio(Protocol):
 
     def log_ratio(self, x: Tensor, z: Tensor) -> Tensor:
         """Estimate of log q(z|x) - log p(z): x (N, *E), z (S, N, D) -> (S, N), nats."""
+        ...
+
+
+class LocalFamily(nn.Module, ABC):
+    """q_phi(z|x_n) with free parameters phi_n for each of N observations, of the family of an amortised posterior."""
+
+    @abstractmethod
+    def sample_and_log_prob(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Draws (n, N, D) and their log density (n, N), nats; differentiable in the parameters."""
+
+
+@runtime_checkable
+class HasLocalFamily(Protocol):
+    """The family's members have parameters that can be optimised for each observation by itself."""
+
+    def local(self, x: Tensor) -> LocalFamily:
+        """Start of the optimisation: the amortised posterior of x (N, *E)."""
         ...

@@ -5,7 +5,7 @@ DIR/jobs/JOB.json                           facts and status of a finished job; 
 DIR/jobs/JOB.traceback.txt                  of a job that failed
 DIR/fits/JOB/state.safetensors              the trained fit
 DIR/fits/JOB/curve.csv  gallery.npz         training curve; arrays for the figures
-DIR/measurements/JOB/EVALUATOR.json .npz    measurements of one evaluator; values per observation
+DIR/measurements/JOB/EVALUATOR.json .npz    measurements of one evaluator; values per observation, traces
 DIR/records.parquet  .csv  examples.parquet derived from the above, can be rebuilt at any time
 """
 
@@ -145,6 +145,19 @@ class Store:
         (self.path / "measurements" / job_id / f"{evaluator}.json").unlink(missing_ok=True)
         self._write(f"measurements/{job_id}/{evaluator}.npz", _npz(examples))
         self._write(f"measurements/{job_id}/{evaluator}.json", json.dumps(facts, indent=1).encode())
+
+    def traces(self, job_id: str, evaluator: str, metric: str) -> dict[str, np.ndarray]:
+        """Diagnostic arrays of a measurement by name; empty if there are none.
+
+        Args:
+            evaluator: As in the column of that name.
+        """
+        prefix = f"{metric}/traces/"
+        for path in self._measurement_files(job_id):
+            if any(facts["evaluator"] == evaluator for facts in self._read_json(path)["rows"]):
+                with np.load(path.with_suffix(".npz"), allow_pickle=False) as arrays:
+                    return {name.removeprefix(prefix): arrays[name] for name in arrays if name.startswith(prefix)}
+        return {}
 
     # Derived tables
 

@@ -37,6 +37,8 @@ class Tally:
     objective: float = math.nan
     seconds: float = 0.0
     evaluator: str = ""
+    measured: float = 0.0
+    facts: str = ""
     began: float = 0.0
     job_began: float = 0.0
 
@@ -49,6 +51,12 @@ class Tally:
 
     def advance(self, fraction: float, step: int, objective: float, seconds: float) -> None:
         self.fraction, self.step, self.objective, self.seconds = fraction, step, objective, seconds
+
+    def measure(self, evaluator: str) -> None:
+        self.evaluator, self.measured, self.facts = evaluator, 0.0, ""
+
+    def measure_further(self, fraction: float, facts: str) -> None:
+        self.measured, self.facts = fraction, facts
 
     def finish_job(self) -> None:
         self.finished, self.fraction = self.finished + 1, 0.0
@@ -72,7 +80,8 @@ class Tally:
     def fit_facts(self) -> list[str]:
         """What there is to say of the current fit, the most important first."""
         if self.evaluator:
-            return [f"measuring: {self.evaluator}"]
+            part = f" {self.measured:.0%}" if self.measured else ""
+            return [f"measuring: {self.evaluator}{part}", *([self.facts] if self.facts else [])]
         if not self.step:
             return ["starting"]
         speed = f"{self.step / self.seconds:,.0f} steps/s" if self.seconds else ""
@@ -109,7 +118,12 @@ class PlainProgress:
             self._say(f"step {step}", *self.tally.fit_facts(), f"all jobs: {self.tally.all_left()} left")
 
     def measuring(self, evaluator: str) -> None:
-        self.tally.evaluator = evaluator
+        self.tally.measure(evaluator)
+        if self.tally.now() - self.spoke >= PLAIN_SECONDS:
+            self._say(*self.tally.fit_facts())
+
+    def measured(self, fraction: float, facts: str) -> None:
+        self.tally.measure_further(fraction, facts)
         if self.tally.now() - self.spoke >= PLAIN_SECONDS:
             self._say(*self.tally.fit_facts())
 
@@ -145,7 +159,10 @@ class LiveProgress:
         self.tally.advance(fraction, step, objective, seconds)
 
     def measuring(self, evaluator: str) -> None:
-        self.tally.evaluator = evaluator
+        self.tally.measure(evaluator)
+
+    def measured(self, fraction: float, facts: str) -> None:
+        self.tally.measure_further(fraction, facts)
 
     def job_finished(self, job: PlannedJob, status: str, reason: str) -> None:
         self.tally.finish_job()
