@@ -123,13 +123,14 @@ class EvaluationRun:
         self, metric: str, values: Tensor, stderrs: Tensor, kind: Kind, indices: Tensor, **extra: Any
     ) -> Measurement:
         """A measurement from tensors, on whatever device."""
+        whole = self.data.spec.exhaustive and len(values) == self.data.test.shape[0] and not extra.get("split")
         return Measurement(
             metric,
             values.detach().double().cpu().numpy(),
             stderrs.detach().double().cpu().numpy(),
             kind,
             indices.cpu().numpy(),
-            exhaustive=self.data.spec.exhaustive and len(values) == self.data.test.shape[0],
+            exhaustive=whole,
             **extra,
         )
 

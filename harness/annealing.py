@@ -1,0 +1,420 @@
+r"""Annealed importance sampling of log p(x), forwards and in reverse, with kernels that are tuned and then frozen.
+
+.. math:: \log f_t(z) = (1 - \beta_t) \log q_0(z|x) + \beta_t \log p(x, z), \quad 0 = \beta_0 < \dots < \beta_T = 1
+
+.. math:: \log w = \sum_{t=1}^T \log f_t(z_{t-1}) - \log f_{t-1}(z_{t-1}), \quad E[w] = p(x)
+
+where z_0 ~ q0 and z_t follows from z_{t-1} by a transition that leaves f_t invariant (Neal 2001,
+https://arxiv.org/abs/physics/9803008), so that log mean w is a stochastic lower bound on log p(x). The same kernels in
+reverse order, from an exact draw of p(z|x), give weights with E[w] = 1/p(x), hence a stochastic upper bound (Grosse,
+Ghahramani, Adams 2015, https://arxiv.org/abs/1511.02543).
+
+Step sizes are found in a pilot run with chains of its own, for every observation and temperature, and are constants
+afterwards. The released code of the AVB paper adapts them while it weighs: its kernels then depend on the chains'
+past, leave no f_t invariant, and its estimate is no bound.
+
+Shapes: S chains, N observations (B in one block), D latent dimensions, T temperatures, E event shape.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from harness import hmc
+from harness.estimators import StreamedLogMeanExp, observation_blocks, posterior_moments
+from harness.evaluator import EvaluationRun, Evaluator
+from harness.hmc import (
+    Density,
+    FunctionDensity,
+    GaussianDensity,
+    Path,
+    Randomness,
+    State,
+    joint_density,
+    prior_density,
+    transition,
+)
+from harness.method import Fit
+from harness.model import LatentModel
+from harness.posterior import HasPointDensity, Posterior
+
+Schedule = Literal["sigmoid", "linear"]
+StartName = Literal["moments", "prior", "q"]
+
+SIGMOID_RANGE = 4.0  # the sigmoid runs from -4 to 4, as in Grosse et al. 2015, section 6
+CHECKPOINTS = 40  # of the running estimate
+PRIOR_DRAWS = 4096  # that a prior's scale is estimated from
+PILOT_PART, PILOT_LEAST = 8, 64  # the pilot has an eighth of the temperatures, at least 64
+PILOT_CHAINS = 16
+SEARCH = 30  # transitions at the first temperature, to find the order of magnitude of the step
+GAIN = 0.5  # of the pilot's adaptation, per transition
+
+
+def schedule(kind: Schedule, temperatures: int) -> list[float]:
+    """Inverse temperatures beta_0 = 0 to beta_T = 1, T + 1 of them, in float64."""
+    position = torch.linspace(0, 1, temperatures + 1, dtype=torch.float64)
+    if kind == "linear":
+        return position.tolist()
+    curve = torch.sigmoid(SIGMOID_RANGE * (2 * position - 1))
+    return ((curve - curve[0]) / (curve[-1] - curve[0])).tolist()
+
+
+# Where the path starts
+
+
+@dataclass(frozen=True, eq=False)
+class Start(ABC):
+    """q0(z|x) for N observations.
+
+    Args:
+        scale: The scale of each dimension, by which steps are preconditioned, shape (N, D).
+    """
+
+    scale: Tensor
+
+    @abstractmethod
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Draws from q0, shape (n, N, D)."""
+
+    @abstractmethod
+    def density(self, block: slice) -> Density:
+        """log q0 for some of the observations."""
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianStart(Start):
+    """A diagonal Gaussian with a mean (N, D) and the scale as its standard deviations."""
+
+    mean: Tensor
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        shape = (n, *self.mean.shape)
+        noise = torch.randn(shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        return self.mean + self.scale * noise
+
+    def density(self, block: slice) -> Density:
+        return GaussianDensity(self.mean[block], self.scale[block])
+
+
+@dataclass(frozen=True, eq=False)
+class PriorStart(Start):
+    """The model's prior, the same for every observation."""
+
+    model: LatentModel
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        observations, dimensions = self.scale.shape
+        return self.model.sample_prior(n * observations, generator).reshape(n, observations, dimensions)
+
+    def density(self, block: slice) -> Density:
+        return prior_density(self.model)
+
+
+@dataclass(frozen=True, eq=False)
+class PosteriorStart(Start):
+    """A fitted posterior whose density is known at every point."""
+
+    posterior: Posterior
+    x: Tensor
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        return self.posterior.sample(self.x, n, generator)
+
+    def density(self, block: slice) -> Density:
+        posterior, x = self.posterior, self.x[block]
+        if not isinstance(posterior, HasPointDensity):
+            raise TypeError(NO_DENSITY)
+        return FunctionDensity(lambda z: posterior.log_prob(x, z))
+
+
+NO_DENSITY = "start=q needs a posterior whose density is known at every point; use start=moments"
+
+
+# Kernels and weights
+
+
+@dataclass(frozen=True, eq=False)
+class Kernels:
+    """What the transitions are, once and for all.
+
+    Args:
+        betas: beta_0 to beta_T.
+        steps: Step size at beta_1 to beta_{T-1} for every observation, in units of the start's scale, (T - 1, N).
+        leapfrog: Leapfrog steps of a transition.
+    """
+
+    betas: list[float]
+    steps: Tensor
+    leapfrog: int
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """The outcome of a run.
+
+    Args:
+        log_w: Shape (S, N), float64.
+        acceptance: Mean probability of acceptance of each of the T - 1 transitions, in the order of the run.
+        betas: Inverse temperatures of the checkpoints, shape (M,).
+        running: The estimate so far at each checkpoint, shape (M, N): log of the mean weight.
+    """
+
+    log_w: Tensor
+    acceptance: Tensor
+    betas: np.ndarray
+    running: Tensor
+
+    def estimate(self) -> StreamedLogMeanExp:
+        """log mean w over the chains, with its error and the effective number of chains."""
+        found = StreamedLogMeanExp()
+        found.add(self.log_w)
+        return found
+
+    def diagnostics(self) -> dict[str, float]:
+        """Acceptance, and the effective number of chains of the final weights."""
+        sizes = self.estimate().effective_sample_size()
+        return {
+            "acceptance": float(self.acceptance.mean()),
+            "acceptance_min": float(self.acceptance.min()),
+            "ess_min": float(sizes.min()),
+            "ess_median": float(sizes.median()),
+        }
+
+    def traces(self) -> dict[str, np.ndarray]:
+        """Acceptance by temperature, and the running estimate."""
+        return {
+            "acceptance": self.acceptance.double().cpu().numpy(),
+            "temperature": self.betas,
+            "running": self.running.cpu().numpy(),
+        }
+
+
+OnMove = Callable[[float, float, float], None]
+"""Told of the part of a run that is done, its acceptance and its running estimate (mean over observations)."""
+
+
+class Annealing:
+    """The path from a start to p(x, z) for N observations, whose gradients are taken in blocks of bounded memory.
+
+    Noise is drawn for all observations at once, so that the blocks' size changes nothing but rounding.
+
+    Args:
+        model: Copied and frozen; its parameters get no gradient.
+        x: Observations, shape (N, *E).
+        memory: For gradients, in bytes.
+    """
+
+    def __init__(self, model: LatentModel, x: Tensor, start: Start, chains: int, leapfrog: int, memory: int) -> None:
+        frozen = copy.deepcopy(model).eval().requires_grad_(False)
+        self.start, self.chains, self.leapfrog, self.observations = start, chains, leapfrog, len(x)
+        size = _block_size(frozen, x, start, max(chains, PILOT_CHAINS), memory)
+        self.blocks = [slice(first, min(first + size, len(x))) for first in range(0, len(x), size)]
+        self.paths = [Path(start.density(block), joint_density(frozen, x[block])) for block in self.blocks]
+
+    def tuned(self, kind: Schedule, temperatures: int, acceptance: float, stream: torch.Generator) -> Kernels:
+        """Kernels from a pilot run along a coarser schedule of the same kind, which looks at no other draw.
+
+        Stochastic approximation of the step at which transitions are accepted with the given probability on average
+        over the chains of an observation (Andrieu and Thoms 2008, https://doi.org/10.1007/s11222-008-9110-y).
+        """
+        coarse = schedule(kind, max(PILOT_LEAST, temperatures // PILOT_PART))[1:-1]
+        z = self.start.sample(PILOT_CHAINS, stream)
+        states = self._states(z)
+        log_step = torch.full_like(z[0, :, 0], math.log(0.5) - 0.25 * math.log(z.shape[-1]))
+        found: list[Tensor] = []
+        for beta in [coarse[0]] * SEARCH + coarse:
+            states, probability = self._move(states, beta, log_step.exp(), Randomness.draw(z, stream))
+            log_step = (log_step + GAIN * (probability.mean(0) - acceptance)).clamp(-12, 6)
+            found.append(log_step)
+        at = torch.linspace(0, len(coarse) - 1, temperatures - 1, dtype=z.dtype, device=z.device)
+        return Kernels(
+            schedule(kind, temperatures), _interpolated(torch.stack(found[SEARCH:]), at).exp(), self.leapfrog
+        )
+
+    def forward(self, kernels: Kernels, stream: torch.Generator, told: OnMove = lambda *facts: None) -> Weights:
+        """Weights from independent draws of the start: E[w] = p(x)."""
+        betas = kernels.betas
+        moves = [(b - a, t) for t, (a, b) in enumerate(itertools.pairwise(betas), start=1)]
+        return self._weigh(self.start.sample(self.chains, stream), kernels, moves, stream, told)
+
+    def reverse(
+        self, kernels: Kernels, z: Tensor, stream: torch.Generator, told: OnMove = lambda *facts: None
+    ) -> Weights:
+        """Weights from an exact draw z (N, D) of p(z|x), from which all chains set out: E[w] = 1/p(x)."""
+        betas = kernels.betas
+        moves = [(a - b, t) for t, (a, b) in enumerate(itertools.pairwise(betas))][::-1]
+        return self._weigh(z.expand(self.chains, *z.shape).clone(), kernels, moves, stream, told)
+
+    def _weigh(
+        self, z: Tensor, kernels: Kernels, moves: list[tuple[float, int]], stream: torch.Generator, told: OnMove
+    ) -> Weights:
+        """Weigh, then move, along the schedule.
+
+        Args:
+            moves: Change of beta, and the index of the temperature whose kernel follows; the ends 0 and T have none.
+        """
+        states = self._states(z)
+        log_w = torch.zeros(z.shape[:2], dtype=torch.float64, device=z.device)
+        acceptance: list[Tensor] = []
+        running: list[Tensor] = []
+        betas: list[float] = []
+        last = len(moves) - 1
+        for i, (change, t) in enumerate(moves):
+            log_w += change * torch.cat([state.log_joint - state.log_start for state in states], dim=1).double()
+            if i < last:
+                draws = Randomness.draw(z, stream)
+                states, probability = self._move(states, kernels.betas[t], kernels.steps[t - 1], draws)
+                acceptance.append(probability.mean())
+            if i == last or (i + 1) * CHECKPOINTS // len(moves) > i * CHECKPOINTS // len(moves):
+                running.append(log_w.logsumexp(0) - math.log(self.chains))
+                betas.append(kernels.betas[t])
+                told((i + 1) / len(moves), float(torch.stack(acceptance[-25:]).mean()), float(running[-1].mean()))
+        return Weights(log_w, torch.stack(acceptance), np.array(betas), torch.stack(running))
+
+    def _states(self, z: Tensor) -> list[State]:
+        return [path.at(z[:, block]) for path, block in zip(self.paths, self.blocks, strict=True)]
+
+    def _move(self, states: list[State], beta: float, step: Tensor, draws: Randomness) -> tuple[list[State], Tensor]:
+        """A transition of all chains: step (N,) -> the states, and the probabilities of acceptance (S, N)."""
+        scaled = step[:, None] * self.start.scale
+        moved = [
+            transition(path, beta, state, scaled[block], self.leapfrog, draws.of(block))
+            for path, state, block in zip(self.paths, states, self.blocks, strict=True)
+        ]
+        return [state for state, _ in moved], torch.cat([probability for _, probability in moved], dim=1)
+
+
+def _interpolated(values: Tensor, at: Tensor) -> Tensor:
+    """Rows of (P, N) at positions (M,) between 0 and P - 1, linear in between: (M, N)."""
+    below = at.long().clamp(max=max(0, len(values) - 2))
+    above = (below + 1).clamp(max=len(values) - 1)
+    return torch.lerp(values[below], values[above], (at - below)[:, None])
+
+
+def _block_size(model: LatentModel, x: Tensor, start: Start, chains: int, memory: int) -> int:
+    """Observations of a block: everything that one gradient allocates, never mind what it frees, fits the memory."""
+    z = start.scale[:1]
+    one, two = (
+        _allocated(Path(start.density(slice(0, 1)), joint_density(model, x[:1])), z.expand(n, *z.shape)) for n in (1, 2)
+    )
+    return max(1, min(len(x), memory // max(1, chains * (two - one))))
+
+
+class _Allocations(TorchDispatchMode):
+    """Adds up the memory of all new tensors."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
+        for made in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in known:
+                self.total += made.numel() * made.element_size()
+        return result
+
+
+def _allocated(path: Path, z: Tensor) -> int:
+    with _Allocations() as allocations:
+        path.at(z)
+    return allocations.total
+
+
+# The evaluators' common part
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnealedEvaluator(Evaluator):
+    """Settings of annealed importance sampling, and the estimate of log p(x) that follows from them.
+
+    Args:
+        observations: How many of the fixed scored test observations.
+        chains: S, independent chains for each observation.
+        temperatures: T, the number of intervals between beta = 0 and 1.
+        leapfrog: Leapfrog steps of a transition.
+        schedule: ``sigmoid`` (fine steps at both ends) or ``linear``.
+        start: ``moments`` (a Gaussian with the fitted posterior's per-x mean and widened scale), ``prior``, or ``q``
+            (the posterior itself, where its density is known at every point).
+        widening: Factor on the posterior's standard deviations; for ``moments``.
+        moment_samples: Draws from the posterior that its moments are computed from.
+        acceptance: What the step sizes are tuned to; 0.65 is best for many dimensions (Beskos et al. 2013,
+            https://arxiv.org/abs/1001.4460).
+        memory_mib: What gradients may take; more observations are worked on in blocks.
+    """
+
+    by_default: ClassVar[bool] = False
+    modules: ClassVar[tuple[ModuleType, ...]] = (hmc,)
+
+    observations: PositiveInt = 100
+    chains: Annotated[int, Field(ge=2)] = 16
+    temperatures: Annotated[int, Field(ge=2)] = 1000
+    leapfrog: PositiveInt = 10
+    schedule: Schedule = "sigmoid"
+    start: StartName = "moments"
+    widening: PositiveFloat = 1.2
+    moment_samples: Annotated[int, Field(ge=2)] = 512
+    acceptance: Annotated[float, Field(gt=0, lt=1)] = 0.65
+    memory_mib: PositiveInt = 1024
+
+    def unstartable(self, fit: Fit) -> str | None:
+        """Why a path cannot start where it is asked to, or None."""
+        implicit = self.start == "q" and not isinstance(fit.posterior, HasPointDensity)
+        return NO_DENSITY if implicit else None
+
+    def path(self, fit: Fit, x: Tensor, run: EvaluationRun) -> Annealing:
+        """The path for observations x (N, *E)."""
+        start = self._start(fit, x, run)
+        return Annealing(fit.model, x, start, self.chains, self.leapfrog, self.memory_mib * 2**20)
+
+    def _start(self, fit: Fit, x: Tensor, run: EvaluationRun) -> Start:
+        stream = run.generator("start", self.start)
+        if self.start == "prior":
+            scale = fit.model.sample_prior(PRIOR_DRAWS, stream).std(0)
+            return PriorStart(scale.expand(len(x), -1), fit.model)
+        moments = [
+            posterior_moments(fit.posterior, block, self.moment_samples, stream) for block in observation_blocks(x)
+        ]
+        mean, sd = (torch.cat(part) for part in zip(*moments, strict=True))
+        if self.start == "q":
+            return PosteriorStart(sd, fit.posterior, x)
+        return GaussianStart(self.widening * sd, mean)
+
+    def annealed(self, fit: Fit, run: EvaluationRun, told: OnMove = lambda *facts: None) -> Weights:
+        """Weights of the scored test observations; all evaluators of a fit with these settings share one run."""
+        return run.once(
+            ("annealed", self.observations, *self.settings().values()), lambda: self._annealed(fit, run, told)
+        )
+
+    def _annealed(self, fit: Fit, run: EvaluationRun, told: OnMove) -> Weights:
+        path = self.path(fit, run.data.scored(self.observations)[0], run)
+        kernels = self.kernels(path, run.generator("ais", "pilot"))
+        return path.forward(kernels, run.generator("ais", "chains"), told)
+
+    def kernels(self, path: Annealing, stream: torch.Generator) -> Kernels:
+        return path.tuned(self.schedule, self.temperatures, self.acceptance, stream)
+
+    def settings(self) -> dict[str, Any]:
+        """What a certificate must have in common with what it certifies."""
+        return {
+            "chains": self.chains,
+            "temperatures": self.temperatures,
+            "leapfrog": self.leapfrog,
+            "schedule": self.schedule,
+            "start": self.start,
+            "widening": self.widening,
+            "moment_samples": self.moment_samples,
+            "target_acceptance": self.acceptance,
+        }

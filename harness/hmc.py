@@ -1,0 +1,223 @@
+r"""Hamiltonian Monte Carlo for many chains at once, along the path from a start q0(z|x) to a joint density p(x, z).
+
+.. math:: \log f_\beta(z) = (1 - \beta) \log q_0(z|x) + \beta \log p(x, z)
+
+Duane et al. 1987, https://doi.org/10.1016/0370-2693(87)91197-X; Neal 2011, https://arxiv.org/abs/1206.1901
+
+Shapes: S chains, B observations of one block, D latent dimensions, E event shape of one observation.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.model import DecoderModel, LatentModel, StandardNormalPrior, log_normal
+
+JITTER = 0.2  # relative; trajectories of one fixed length may return to where they began
+
+
+class Density(ABC):
+    """A log density of z for each observation of a block, with its gradient in z."""
+
+    @abstractmethod
+    def value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(S, B, D) -> log density (S, B), nats, and its gradient (S, B, D)."""
+
+    @abstractmethod
+    def gradient(self, z: Tensor) -> Tensor:
+        """(S, B, D) -> (S, B, D); cheaper where the value is not needed."""
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionDensity(Density):
+    """Any differentiable function (S, B, D) -> (S, B)."""
+
+    log_prob: Callable[[Tensor], Tensor]
+
+    def value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            value = self.log_prob(z)
+            if not value.requires_grad:
+                return value, torch.zeros_like(z)
+            (gradient,) = torch.autograd.grad(value.sum(), z)
+        return value.detach(), gradient
+
+    def gradient(self, z: Tensor) -> Tensor:
+        return self.value_and_gradient(z)[1]
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianDensity(Density):
+    """A diagonal Gaussian; mean and sd broadcast with (B, D)."""
+
+    mean: Tensor
+    sd: Tensor
+
+    def value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return log_normal(z, self.mean, torch.log(self.sd)), self.gradient(z)
+
+    def gradient(self, z: Tensor) -> Tensor:
+        return (self.mean - z) / self.sd.square()
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderDensity(Density):
+    """log p(x, z) of a decoder with a standard normal prior.
+
+    The likelihood is differentiated by hand, so that a gradient without a value costs no log-likelihood; its weights
+    are constants, so that only the part of the graph that leads to z is made.
+    """
+
+    model: DecoderModel
+    x: Tensor
+
+    def value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        z, outputs = self._decode(z)
+        decoded = outputs.detach()
+        value = self.model.likelihood.log_prob(self.x, decoded) + self.model.log_prior(z.detach())
+        return value, self._pull_back(z, outputs)
+
+    def gradient(self, z: Tensor) -> Tensor:
+        return self._pull_back(*self._decode(z))
+
+    def _decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            return z, self.model.decoder(z)
+
+    def _pull_back(self, z: Tensor, outputs: Tensor) -> Tensor:
+        score = self.model.likelihood.score(self.x, outputs.detach())
+        (gradient,) = torch.autograd.grad(outputs, z, score)
+        return gradient - z.detach()
+
+
+def joint_density(model: LatentModel, x: Tensor) -> Density:
+    """log p(x, z) as a function of z, for a frozen model and a block x (B, *E)."""
+    known = type(model).log_likelihood is DecoderModel.log_likelihood
+    if known and type(model).log_prior is StandardNormalPrior.log_prior and isinstance(model, DecoderModel):
+        return DecoderDensity(model, x.flatten(1))
+    return FunctionDensity(lambda z: model.log_joint(x, z))
+
+
+def prior_density(model: LatentModel) -> Density:
+    """log p(z) as a function of z."""
+    if type(model).log_prior is StandardNormalPrior.log_prior:
+        one = torch.ones(())
+        return GaussianDensity(0 * one, one)
+    return FunctionDensity(model.log_prior)
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Where the chains are, with both ends of the path and their gradients there: valid at every temperature."""
+
+    z: Tensor
+    log_start: Tensor
+    log_joint: Tensor
+    start_gradient: Tensor
+    joint_gradient: Tensor
+
+    def log_density(self, beta: float) -> Tensor:
+        """log f_beta, shape (S, B)."""
+        return (1 - beta) * self.log_start + beta * self.log_joint
+
+    def gradient(self, beta: float) -> Tensor:
+        """Gradient of log f_beta, shape (S, B, D)."""
+        return (1 - beta) * self.start_gradient + beta * self.joint_gradient
+
+    def replaced(self, where: Tensor, by: State) -> State:
+        """The other state where (S, B) is true."""
+        wide = where[..., None]
+        return State(
+            torch.where(wide, by.z, self.z),
+            torch.where(where, by.log_start, self.log_start),
+            torch.where(where, by.log_joint, self.log_joint),
+            torch.where(wide, by.start_gradient, self.start_gradient),
+            torch.where(wide, by.joint_gradient, self.joint_gradient),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """The path between two densities of a block of observations."""
+
+    start: Density
+    joint: Density
+
+    def at(self, z: Tensor) -> State:
+        log_start, start_gradient = self.start.value_and_gradient(z)
+        log_joint, joint_gradient = self.joint.value_and_gradient(z)
+        return State(z, log_start, log_joint, start_gradient, joint_gradient)
+
+    def gradient(self, z: Tensor, beta: float) -> Tensor:
+        """Gradient of log f_beta: (S, B, D) -> (S, B, D)."""
+        return self.joint.gradient(z).mul_(beta).add_(self.start.gradient(z), alpha=1 - beta)
+
+
+@dataclass(frozen=True, eq=False)
+class Randomness:
+    """What one transition draws: standard normal momenta (S, B, D), and uniform numbers in [0, 1) twice, (S, B)."""
+
+    momentum: Tensor
+    jitter: Tensor
+    acceptance: Tensor
+
+    @staticmethod
+    def draw(like: Tensor, generator: torch.Generator) -> Randomness:
+        """For latents of the shape of ``like``, (S, N, D)."""
+        kwargs = {"generator": generator, "device": like.device, "dtype": like.dtype}
+        return Randomness(
+            torch.randn(like.shape, **kwargs),
+            torch.rand(like.shape[:2], **kwargs),
+            torch.rand(like.shape[:2], **kwargs),
+        )
+
+    def of(self, block: slice) -> Randomness:
+        """The part for some of the observations."""
+        return Randomness(self.momentum[:, block], self.jitter[:, block], self.acceptance[:, block])
+
+
+def leapfrog(path: Path, beta: float, state: State, momentum: Tensor, step: Tensor, steps: int) -> tuple[State, Tensor]:
+    """Follow Hamilton's equations by ``steps`` leapfrog steps: one gradient each, as the first one is in the state.
+
+    Args:
+        step: Step size times the scale of each dimension, shape (S, B, D).
+
+    Returns:
+        The state and the momentum at the end.
+    """
+    momentum = torch.addcmul(momentum, step, state.gradient(beta), value=0.5)
+    z = torch.addcmul(state.z, step, momentum)
+    for _ in range(steps - 1):
+        momentum = momentum.addcmul_(step, path.gradient(z, beta))
+        z = z.addcmul_(step, momentum)
+    end = path.at(z)
+    return end, momentum.addcmul_(step, end.gradient(beta), value=0.5)
+
+
+def transition(
+    path: Path, beta: float, state: State, scaled_step: Tensor, steps: int, draws: Randomness
+) -> tuple[State, Tensor]:
+    """One transition that leaves f_beta invariant, for every chain and observation by itself.
+
+    A step size that a chain's own position had no part in keeps it reversible; its jitter is drawn afresh, apart from
+    the position. What is not finite is rejected.
+
+    Args:
+        scaled_step: Step size times the scale of each dimension, shape (B, D).
+
+    Returns:
+        The new state and the probabilities of acceptance, shape (S, B).
+    """
+    step = (1 + JITTER * (2 * draws.jitter[..., None] - 1)) * scaled_step
+    end, momentum = leapfrog(path, beta, state, draws.momentum, step, steps)
+    kinetic = 0.5 * (draws.momentum.square() - momentum.square()).sum(-1)
+    log_ratio = end.log_density(beta) - state.log_density(beta) + kinetic
+    probability = log_ratio.exp().clamp(max=1).nan_to_num(nan=0.0)
+    return state.replaced(draws.acceptance < probability, end), probability
