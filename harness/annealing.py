@@ -21,7 +21,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -31,25 +30,16 @@ import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from harness import hmc
+from harness import hmc, starts
 from harness.estimators import StreamedLogMeanExp, observation_blocks, posterior_moments
 from harness.evaluator import EvaluationRun, Evaluator
-from harness.hmc import (
-    Density,
-    FunctionDensity,
-    GaussianDensity,
-    Path,
-    Randomness,
-    State,
-    joint_density,
-    prior_density,
-    transition,
-)
+from harness.hmc import Path, Randomness, State, joint_density, transition
+from harness.memory import allocated
 from harness.method import Fit
 from harness.model import LatentModel
-from harness.posterior import HasPointDensity, Posterior
+from harness.posterior import HasPointDensity
+from harness.starts import NO_DENSITY, GaussianStart, PosteriorStart, PriorStart, Start
 
 Schedule = Literal["sigmoid", "linear"]
 StartName = Literal["moments", "prior", "q"]
@@ -70,77 +60,6 @@ def schedule(kind: Schedule, temperatures: int) -> list[float]:
         return position.tolist()
     curve = torch.sigmoid(SIGMOID_RANGE * (2 * position - 1))
     return ((curve - curve[0]) / (curve[-1] - curve[0])).tolist()
-
-
-# Where the path starts
-
-
-@dataclass(frozen=True, eq=False)
-class Start(ABC):
-    """q0(z|x) for N observations.
-
-    Args:
-        scale: The scale of each dimension, by which steps are preconditioned, shape (N, D).
-    """
-
-    scale: Tensor
-
-    @abstractmethod
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Draws from q0, shape (n, N, D)."""
-
-    @abstractmethod
-    def density(self, block: slice) -> Density:
-        """log q0 for some of the observations."""
-
-
-@dataclass(frozen=True, eq=False)
-class GaussianStart(Start):
-    """A diagonal Gaussian with a mean (N, D) and the scale as its standard deviations."""
-
-    mean: Tensor
-
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        shape = (n, *self.mean.shape)
-        noise = torch.randn(shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
-        return self.mean + self.scale * noise
-
-    def density(self, block: slice) -> Density:
-        return GaussianDensity(self.mean[block], self.scale[block])
-
-
-@dataclass(frozen=True, eq=False)
-class PriorStart(Start):
-    """The model's prior, the same for every observation."""
-
-    model: LatentModel
-
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        observations, dimensions = self.scale.shape
-        return self.model.sample_prior(n * observations, generator).reshape(n, observations, dimensions)
-
-    def density(self, block: slice) -> Density:
-        return prior_density(self.model)
-
-
-@dataclass(frozen=True, eq=False)
-class PosteriorStart(Start):
-    """A fitted posterior whose density is known at every point."""
-
-    posterior: Posterior
-    x: Tensor
-
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        return self.posterior.sample(self.x, n, generator)
-
-    def density(self, block: slice) -> Density:
-        posterior, x = self.posterior, self.x[block]
-        if not isinstance(posterior, HasPointDensity):
-            raise TypeError(NO_DENSITY)
-        return FunctionDensity(lambda z: posterior.log_prob(x, z))
-
-
-NO_DENSITY = "start=q needs a posterior whose density is known at every point; use start=moments"
 
 
 # Kernels and weights
@@ -307,30 +226,9 @@ def _interpolated(values: Tensor, at: Tensor) -> Tensor:
 def _block_size(model: LatentModel, x: Tensor, start: Start, chains: int, memory: int) -> int:
     """Observations of a block: everything that one gradient allocates, never mind what it frees, fits the memory."""
     z = start.scale[:1]
-    one, two = (
-        _allocated(Path(start.density(slice(0, 1)), joint_density(model, x[:1])), z.expand(n, *z.shape)) for n in (1, 2)
-    )
+    path = Path(start.density(slice(0, 1)), joint_density(model, x[:1]))
+    one, two = (allocated(lambda n=n: path.at(z.expand(n, *z.shape))) for n in (1, 2))
     return max(1, min(len(x), memory // max(1, chains * (two - one))))
-
-
-class _Allocations(TorchDispatchMode):
-    """Adds up the memory of all new tensors."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        known = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
-        for made in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(made, Tensor) and made.untyped_storage().data_ptr() not in known:
-                self.total += made.numel() * made.element_size()
-        return result
-
-
-def _allocated(path: Path, z: Tensor) -> int:
-    with _Allocations() as allocations:
-        path.at(z)
-    return allocations.total
 
 
 # The evaluators' common part
@@ -356,7 +254,7 @@ class AnnealedEvaluator(Evaluator):
     """
 
     by_default: ClassVar[bool] = False
-    modules: ClassVar[tuple[ModuleType, ...]] = (hmc,)
+    modules: ClassVar[tuple[ModuleType, ...]] = (hmc, starts)
 
     observations: PositiveInt = 100
     chains: Annotated[int, Field(ge=2)] = 16
