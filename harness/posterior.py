@@ -11,6 +11,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from harness.model import log_normal
+
 
 class Posterior(ABC):
     """q(z|x), known at least through its samples: all that an implicit posterior can offer."""
@@ -57,17 +59,43 @@ class HasLogRatio(Protocol):
 
 
 class LocalFamily(nn.Module, ABC):
-    """q_phi(z|x_n) with free parameters phi_n for each of N observations, of the family of an amortised posterior."""
+    """q_n(z), the member of a family of posteriors that belongs to observation n, with free parameters, for N of them.
+
+    Every parameter has the shape (N, ...); its row n is that of q_n and matters to no other observation.
+    """
 
     @abstractmethod
     def sample_and_log_prob(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Draws (n, N, D) and their log density (n, N), nats; differentiable in the parameters."""
+        """Draws (n, N, D) and their log density (n, N), nats; differentiable in the parameters.
+
+        What is read from the generator does not depend on the parameters: two members compared with the same noise
+        differ by much less than their errors.
+        """
 
 
 @runtime_checkable
 class HasLocalFamily(Protocol):
-    """The family's members have parameters that can be optimised for each observation by itself."""
+    """The posterior of each observation can leave the amortised one, within the family that both belong to."""
 
     def local(self, x: Tensor) -> LocalFamily:
-        """Start of the optimisation: the amortised posterior of x (N, *E)."""
+        """Members that equal q(z|x) for x (N, *E), with parameters of their own: nothing is shared with q."""
         ...
+
+
+class LocalGaussian(LocalFamily):
+    """q_n = N(mean_n, diag(sd_n^2)).
+
+    Args:
+        mean, log_sd: Where the parameters start, shape (N, D).
+    """
+
+    def __init__(self, mean: Tensor, log_sd: Tensor) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(mean.detach().clone())
+        self.log_sd = nn.Parameter(log_sd.detach().clone())
+
+    def sample_and_log_prob(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        shape = (n, *self.mean.shape)
+        eps = torch.randn(shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
+        z = self.mean + torch.exp(self.log_sd) * eps
+        return z, log_normal(eps) - self.log_sd.sum(-1)

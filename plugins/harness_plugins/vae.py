@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from harness import hookimpl
 from harness.model import StandardNormalPrior, log_normal
 from harness.nn import Trunk, linear
-from harness.posterior import Posterior
+from harness.posterior import LocalFamily, LocalGaussian, Posterior
 from harness.problem import TrainingView
 from harness.training import GradientMethod, Modules, Noise, Player
 
@@ -60,6 +60,9 @@ class GaussianPosterior(Posterior):
     def kl_to_prior(self, x: Tensor) -> Tensor:
         """KL(q(z|x) || N(0, I)): x (N, *E) -> (N,), nats. Defined for a standard normal prior."""
         return kl_to_standard_normal(*self.encoder(x))
+
+    def local(self, x: Tensor) -> LocalFamily:
+        return LocalGaussian(*self.encoder(x))
 
 
 @dataclass(frozen=True, kw_only=True)
