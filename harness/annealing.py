@@ -155,10 +155,14 @@ class Annealing:
         log_step = torch.full_like(z[0, :, 0], math.log(0.5) - 0.25 * math.log(z.shape[-1]))
         found: list[Tensor] = []
         for beta in [coarse[0]] * SEARCH + coarse:
+            alive = torch.cat([state.log_joint.isfinite() for state in states], dim=1)
             states, probability = self._move(states, beta, log_step.exp(), Randomness.draw(z, stream))
-            log_step = (log_step + GAIN * (probability.mean(0) - acceptance)).clamp(-12, 6)
+            # A chain where the joint density is zero weighs nothing, and no step is small enough for it.
+            excess = (probability - acceptance).mul(alive).sum(0) / alive.sum(0).clamp(min=1)
+            log_step = (log_step + GAIN * excess).clamp(-12, 6)
             found.append(log_step)
-        at = torch.linspace(0, len(coarse) - 1, temperatures - 1, dtype=z.dtype, device=z.device)
+        position = torch.arange(1, temperatures, dtype=z.dtype, device=z.device) / temperatures
+        at = (position * (len(coarse) + 1) - 1).clamp(0, len(coarse) - 1)
         return Kernels(
             schedule(kind, temperatures), _interpolated(torch.stack(found[SEARCH:]), at).exp(), self.leapfrog
         )

@@ -46,7 +46,7 @@ class FunctionDensity(Density):
             if not value.requires_grad:
                 return value, torch.zeros_like(z)
             (gradient,) = torch.autograd.grad(value.sum(), z)
-        return value.detach(), gradient
+        return value.detach(), gradient.contiguous()  # that of a linear function is one number, expanded
 
     def gradient(self, z: Tensor) -> Tensor:
         return self.value_and_gradient(z)[1]
@@ -99,7 +99,7 @@ class DecoderDensity(Density):
 
 def joint_density(model: LatentModel, x: Tensor) -> Density:
     """log p(x, z) as a function of z, for a frozen model and a block x (B, *E)."""
-    known = type(model).log_likelihood is DecoderModel.log_likelihood
+    known = type(model).log_likelihood is DecoderModel.log_likelihood and type(model).log_joint is LatentModel.log_joint
     if known and type(model).log_prior is StandardNormalPrior.log_prior and isinstance(model, DecoderModel):
         return DecoderDensity(model, x.flatten(1))
     return FunctionDensity(lambda z: model.log_joint(x, z))
