@@ -19,6 +19,9 @@ of values that it was estimated from:
 
 In simulations this covers at least the nominal 95.45 % for any ratio of the parts; degrees of freedom pooled as by
 Satterthwaite (1946, https://doi.org/10.2307/3002019) cover as little as 88 % with two seeds.
+
+Two estimators of one quantity of the same fits are compared by their own errors alone, on the observations that both
+scored: neither the choice of the seeds nor that of the observations can part them.
 """
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -26,7 +29,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -43,7 +46,15 @@ DENSITY_RATIO = "density ratio"
 KINDS = (
     "exact", "unbiased", "lower bound", "stochastic lower bound", "stochastic upper bound", "consistent", DENSITY_RATIO,
 )  # fmt: skip
+UPPER_BOUND = "stochastic upper bound"
+LOWER_BOUNDS = ("lower bound", "stochastic lower bound")
+SIMULATED = "simulated"
+"""The split of measurements on observations that were simulated from the fitted model."""
+SECOND_OPINIONS = ("implicit",)
+"""Evaluators that check what a method or another evaluator says: shown for it only where there is nothing else."""
 STANDARD_ERRORS = 2.0
+DISAGREEMENT = 3.0
+"""Combined standard errors beyond which two estimators of the same quantity disagree."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +82,7 @@ class Estimate(Spread):
             with their number. 0 where the test split is the whole population; nan where unknown.
         n_observations: The numbers of observations that the seeds' values are means of; usually one number.
         settings: JSON texts, one a seed.
+        split: What the observations are from: `test`, `simulated` ...
     """
 
     metric: str
@@ -83,6 +95,7 @@ class Estimate(Spread):
     n_observations: tuple[int, ...]
     settings: tuple[str, ...] = ()
     bits_per_dim: float = math.nan
+    split: str = ""
 
     @property
     def exhaustive(self) -> bool:
@@ -133,11 +146,11 @@ class Difference:
     def margin(self) -> float:
         """What the difference has to exceed: two standard errors, more for few seeds; infinite for one."""
         test = (
-            _student(self.n_observations) * self.stderr_test
+            student(self.n_observations) * self.stderr_test
             if self.stderr_test
             else STANDARD_ERRORS * self.stderr_estimator
         )
-        return math.hypot(_student(len(self.per_seed)) * self.stderr_seeds, test) if not self.one_seed else math.inf
+        return math.hypot(student(len(self.per_seed)) * self.stderr_seeds, test) if not self.one_seed else math.inf
 
     @property
     def beyond_noise(self) -> bool:
@@ -154,15 +167,10 @@ def paired_difference(
         first, second: Values per observation of each seed.
         exhaustive: The test split is the whole population.
     """
-    seeds = sorted(first.keys() & second.keys())
-    if not seeds:
+    paired = _paired(first, second)
+    if paired is None:
         return None
-    index = functools.reduce(np.intersect1d, [values[seed].index for seed in seeds for values in (first, second)])
-    if len(index) == 0:
-        return None
-    pairs = [(first[seed].at(index), second[seed].at(index)) for seed in seeds]
-    differences = np.stack([a.value - b.value for a, b in pairs])
-    variances = np.stack([a.stderr**2 + b.stderr**2 for a, b in pairs])
+    seeds, index, differences, variances = paired
     by_seed = differences.mean(axis=1)
     return Difference(
         value=float(differences.mean()),
@@ -174,7 +182,73 @@ def paired_difference(
     )
 
 
-def _student(n: int) -> float:
+def _paired(
+    first: Mapping[int, Values], second: Mapping[int, Values]
+) -> tuple[list[int], NDArray[np.int64], Array, Array] | None:
+    """Seeds (S,) and observations (N,) that both have; differences and their estimators' variances, shape (S, N)."""
+    seeds = sorted(first.keys() & second.keys())
+    if not seeds:
+        return None
+    index = functools.reduce(np.intersect1d, [values[seed].index for seed in seeds for values in (first, second)])
+    if len(index) == 0:
+        return None
+    pairs = [(first[seed].at(index), second[seed].at(index)) for seed in seeds]
+    differences = np.stack([a.value - b.value for a, b in pairs])
+    return seeds, index, differences, np.stack([a.stderr**2 + b.stderr**2 for a, b in pairs])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """One estimator less another of the same fits and observations, in nats per observation.
+
+    Args:
+        stderr: Of both estimators together, independent over seeds and observations.
+        rounding: What float32 sums may be off by.
+    """
+
+    value: float
+    stderr: float
+    rounding: float
+    seeds: int
+    n_observations: int
+
+    @property
+    def disagree(self) -> bool:
+        """Whether they differ by more than three combined errors."""
+        return abs(self.value) > DISAGREEMENT * self.stderr + self.rounding
+
+    @property
+    def above(self) -> bool:
+        """Whether the first is larger than the second, by more than three combined errors."""
+        return self.disagree and self.value > 0
+
+
+def agreement(first: Mapping[int, Values], second: Mapping[int, Values]) -> Agreement | None:
+    """The first estimator less the second, over the seeds and observations that both have; None if there are none.
+
+    Args:
+        first, second: Values per observation of each seed.
+    """
+    paired = _paired(first, second)
+    if paired is None:
+        return None
+    seeds, index, differences, variances = paired
+    size = max(float(np.abs(second[seed].at(index).value).mean()) for seed in seeds)
+    return Agreement(
+        value=float(differences.mean()),
+        stderr=math.sqrt(float(variances.sum())) / differences.size,
+        rounding=_rounding(size),
+        seeds=len(seeds),
+        n_observations=len(index),
+    )
+
+
+def _rounding(size: float) -> float:
+    """Error of sums in float32 of numbers of that size, where both estimators' errors are zero."""
+    return 1e-5 * max(1.0, size)
+
+
+def student(n: int) -> float:
     """What two standard errors are worth where they were estimated from ``n`` values; infinite for one."""
     return float(special.stdtrit(n - 1, special.ndtr(STANDARD_ERRORS))) if n > 1 else math.inf
 
@@ -194,8 +268,7 @@ def excess(upper: Values, lower: Values) -> bool:
         return False
     a, b = upper.at(index), lower.at(index)
     stderr = math.sqrt(float((a.stderr**2 + b.stderr**2).sum())) / len(index)
-    rounding = 1e-5 * max(1.0, float(np.abs(b.value).mean()))  # float32 sums, where both errors are zero
-    return float((a.value - b.value).mean()) > STANDARD_ERRORS * stderr + rounding
+    return float((a.value - b.value).mean()) > STANDARD_ERRORS * stderr + _rounding(float(np.abs(b.value).mean()))
 
 
 # Records
@@ -252,51 +325,75 @@ def over_seeds(records: Sequence[Row]) -> Estimate:
         n_observations=tuple(sorted({int(row["n_observations"] or 0) for row in records})),
         settings=tuple(row["settings"] or "{}" for row in records),
         bits_per_dim=float(np.mean([_number(row, "bits_per_dim") for row in records])),
+        split=first["split"] or "",
     )
 
 
 def estimates(records: Sequence[Row]) -> list[Estimate]:
-    """Every metric of one method, by evaluator and kind; at most one record of a seed counts in each."""
-    groups: dict[tuple[str, str, str], dict[int, Row]] = {}
-    for row in sorted(measured(records), key=_precision):
-        groups.setdefault((row["metric"], row["evaluator"], row["kind"]), {}).setdefault(int(row["seed"]), row)
+    """Every metric of one method, by evaluator, kind and split; at most one record of a seed counts in each."""
+    groups: dict[tuple[str, str, str, str], dict[int, Row]] = {}
+    for row in sorted(measured(records), key=precision):
+        key = row["metric"], row["evaluator"], row["kind"], row["split"] or ""
+        groups.setdefault(key, {}).setdefault(int(row["seed"]), row)
     return [over_seeds([group[seed] for seed in sorted(group)]) for _, group in sorted(groups.items())]
 
 
-def _precision(row: Row) -> tuple[Any, ...]:
+def precision(row: Row) -> tuple[Any, ...]:
     """Sorts repeated measurements of one thing: most observations first, then the smallest error."""
     return (-int(row["n_observations"] or 0), row["stderr"] or 0.0, row["settings"] or "")
 
 
 def choose(candidates: Sequence[Estimate], metrics: Sequence[str]) -> Estimate | None:
-    """What to show for a quantity that has several names: no density ratio if anything else is there."""
+    """What to show for a quantity that has several names: no density ratio if anything else is there.
+
+    Never an upper bound on an ELBO: above log p(x) it would look like a scandal and is none. A second opinion only
+    where nobody else has one, whatever its kind: it is told beside the first.
+    """
 
     def merit(found: Estimate) -> tuple[Any, ...]:
-        ratio = found.kind == DENSITY_RATIO
-        return ratio, metrics.index(found.metric), -found.seeds, _rank(found.kind), found.evaluator
+        ratio, second = found.kind == DENSITY_RATIO, stem(found.evaluator) in SECOND_OPINIONS
+        return second, ratio, metrics.index(found.metric), -found.seeds, _rank(found.kind), found.evaluator
 
-    return min((found for found in candidates if found.metric in metrics), key=merit, default=None)
+    shown = [found for found in candidates if found.metric in metrics and found.split != SIMULATED]
+    return min(
+        (found for found in shown if (found.metric, found.kind) != ("elbo", UPPER_BOUND)), key=merit, default=None
+    )
+
+
+def stem(label: str) -> str:
+    """The name of an evaluator without its options."""
+    return label.partition("[")[0]
 
 
 def _rank(kind: str) -> int:
     return KINDS.index(kind) if kind in KINDS else len(KINDS)
 
 
-def log_likelihood_estimator(methods: Sequence[Sequence[Estimate]]) -> str | None:
-    """The one evaluator whose log-likelihood is shown for all methods.
+def log_likelihood_estimator(
+    methods: Sequence[Sequence[Estimate]], gaps: Mapping[str, float] | None = None, looser: Collection[str] = ()
+) -> str | None:
+    """The one evaluator whose log-likelihood is shown for all methods: the tightest that can be trusted.
 
-    The one that has measured most methods; among those an exact one, then the one with most seeds, most observations
-    and the smallest error.
+    The one that has measured most methods; among those an exact one, then the one with most seeds; then one whose
+    error is certified, the smaller the gap the better, even where another has scored ten times as many observations:
+    more of them make the noise of a difference smaller, which the table states, but not the bias, which it cannot
+    state without a certificate. Of lower bounds without one the higher is the closer; then come most observations and
+    the smallest error.
 
     Args:
         methods: The estimates of each method.
+        gaps: Evaluators that a certificate bounds the error of, for all methods, with the largest of their gaps. One
+            that is too large keeps its place: what has no certificate at all is not better for it.
+        looser: Evaluators that are below another lower bound on the same observations, beyond the errors.
     """
+    known: Mapping[str, float] = gaps or {}
     found: dict[str, list[Estimate]] = {}
     covered: dict[str, set[int]] = {}
     for i, method in enumerate(methods):
-        for estimate in (estimate for estimate in method if estimate.metric == "log_likelihood"):
-            found.setdefault(estimate.evaluator, []).append(estimate)
-            covered.setdefault(estimate.evaluator, set()).add(i)
+        for estimate in method:
+            if estimate.metric == "log_likelihood" and estimate.split != SIMULATED:
+                found.setdefault(estimate.evaluator, []).append(estimate)
+                covered.setdefault(estimate.evaluator, set()).add(i)
 
     def merit(evaluator: str) -> tuple[Any, ...]:
         mine = found[evaluator]
@@ -304,6 +401,8 @@ def log_likelihood_estimator(methods: Sequence[Sequence[Estimate]]) -> str | Non
             -len(covered[evaluator]),
             max(_rank(estimate.kind) for estimate in mine),
             -sum(estimate.seeds for estimate in mine),
+            known.get(evaluator, math.inf),
+            evaluator in looser,
             -min(estimate.n_observations[0] for estimate in mine),
             sum(estimate.stderr for estimate in mine),
             evaluator,

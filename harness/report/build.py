@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from harness import statistics
+from harness.report import checks, trust
 from harness.report.tables import COLUMNS, Issue, MethodRow, Table, TableKey
-from harness.statistics import DENSITY_RATIO, Difference, Estimate, Row, Spread, Values
+from harness.report.trust import ValuesOf, of_seeds
+from harness.statistics import SIMULATED, Difference, Row, Spread
 
 UNIFORM = ("hardware", "threads", "torch_version", "git_commit", "plugin_version")
 """Columns whose values should be the same throughout a table; a note says so where they are not."""
@@ -37,12 +39,14 @@ def tables_of(records: pd.DataFrame, examples: pd.DataFrame, job_order: Sequence
     plan = {job_id: position for position, job_id in reversed(list(enumerate(job_order)))}
     runs = _in_order(rows, _run_key, plan)
     kept, older = statistics.latest(rows)
+    splits = _splits(kept)
     groups: dict[TableKey, dict[RunKey, list[Row]]] = {}
     for row in kept:
-        groups.setdefault(_table_key(row), {}).setdefault(_run_key(row), []).append(row)
+        groups.setdefault(_table_key(row, splits), {}).setdefault(_run_key(row), []).append(row)
     values, labels = statistics.values_per_observation(examples), labelled(runs)
     problems = _in_order(rows, lambda row: row["problem"], plan)
-    keys = sorted(_in_order(kept, _table_key, plan), key=lambda key: problems.index(key.problem))
+    keys = _in_order(kept, lambda row: _table_key(row, splits), plan)
+    keys.sort(key=lambda key: problems.index(key.problem))
     found = {key: {labels[run]: groups[key][run] for run in runs if run in groups[key]} for key in keys}
     definitions = Counter(problem for problem, _ in {(key.problem, key.spec_hash) for key in keys})
     return [
@@ -81,22 +85,31 @@ def _run_key(row: Row) -> RunKey:
     return row["method"], row["config"] or ""
 
 
-def _table_key(row: Row) -> TableKey:
-    return TableKey(**{column.name: row[column.name] or "" for column in dataclasses.fields(TableKey)})
+def _splits(rows: Sequence[Row]) -> dict[str, str]:
+    """The split that each job's fit is measured on; simulated observations belong to it and are none of their own."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        found.setdefault(row["job_id"], set()).add(row["split"] or "")
+    return {
+        job_id: "test" if "test" in splits else min(splits - {SIMULATED}, default="test")
+        for job_id, splits in found.items()
+    }
+
+
+def _table_key(row: Row, splits: Mapping[str, str]) -> TableKey:
+    key = TableKey(**{column.name: row[column.name] or "" for column in dataclasses.fields(TableKey)})
+    return dataclasses.replace(key, split=splits[row["job_id"]]) if key.split == SIMULATED else key
 
 
 def _table(
-    key: TableKey,
-    runs: Mapping[str, Sequence[Row]],
-    values: Mapping[tuple[str, str, str], Values],
-    older: Mapping[tuple[Any, ...], int],
+    key: TableKey, runs: Mapping[str, Sequence[Row]], values: ValuesOf, older: Mapping[tuple[Any, ...], int]
 ) -> Table:
-    estimates = {label: statistics.estimates(rows) for label, rows in runs.items()}
-    evaluator = statistics.log_likelihood_estimator(list(estimates.values())) or ""
+    measured = [_row(label, rows, values) for label, rows in runs.items()]
+    evaluator = trust.chosen(measured)
     identities = {statistics.identity(row) for rows in runs.values() for row in rows}
     table = Table(
         key=key,
-        rows=[_row(label, rows, estimates[label], evaluator) for label, rows in runs.items()],
+        rows=[_with_shown(row, evaluator, values) for row in measured],
         evaluator=evaluator,
         decoder_parameters=_joined(
             [row for rows in runs.values() for row in rows], lambda row: _whole(row["decoder_parameters"])
@@ -107,12 +120,13 @@ def _table(
     return _compared(table, values)
 
 
-def _row(label: str, rows: Sequence[Row], estimates: Sequence[Estimate], evaluator: str) -> MethodRow:
+def _row(label: str, rows: Sequence[Row], values: ValuesOf) -> MethodRow:
+    """A row without what depends on the other rows."""
     statuses, jobs = _jobs(rows)
     by_seed = {int(row["seed"]): row for row in rows}
     timed = [by_seed[seed] for seed in jobs if by_seed[seed]["timing_valid"]]
-    comparable = [found for found in estimates if found.metric != "log_likelihood" or found.evaluator == evaluator]
-    shown = {column: statistics.choose(comparable, metrics) for column, metrics in COLUMNS.items()}
+    estimates = statistics.estimates(rows)
+    evidence = trust.evidence(estimates)
     return MethodRow(
         label=label,
         method=rows[0]["method"],
@@ -122,11 +136,22 @@ def _row(label: str, rows: Sequence[Row], estimates: Sequence[Estimate], evaluat
         statuses=statuses,
         jobs=jobs,
         estimates=estimates,
-        shown={column: estimate for column, estimate in shown.items() if estimate},
+        shown={},
         fit_seconds=_timing(timed, "fit_seconds"),
         steps_per_second=_timing(timed, "steps_per_second"),
         issues=_issues(label, rows),
+        evidence=evidence,
+        certificates=trust.certificates(rows),
+        agreements=trust.agreements(evidence, jobs, values),
     )
+
+
+def _with_shown(row: MethodRow, evaluator: str, values: ValuesOf) -> MethodRow:
+    """The row with what the table's columns show, log p(x) by ``evaluator``."""
+    comparable = [found for found in row.estimates if found.metric != "log_likelihood" or found.evaluator == evaluator]
+    shown = {column: statistics.choose(comparable, metrics) for column, metrics in COLUMNS.items()}
+    row = dataclasses.replace(row, shown={column: estimate for column, estimate in shown.items() if estimate})
+    return dataclasses.replace(row, checks=checks.checked(row, values))
 
 
 def _jobs(rows: Sequence[Row]) -> tuple[dict[int, str], dict[int, str]]:
@@ -184,15 +209,15 @@ def _mixed(runs: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, list[str]]]
 # Comparison of rows
 
 
-def _compared(table: Table, values: Mapping[tuple[str, str, str], Values]) -> Table:
+def _compared(table: Table, values: ValuesOf) -> Table:
     """The table with paired differences, the best row and the bounds that cannot be."""
-    scores = {row.label: _of_seeds(row, row.shown.get("log_likelihood"), values) for row in table.rows}
-    bounds = {row.label: _of_seeds(row, row.shown.get("elbo"), values) for row in table.rows}
+    scores = {row.label: of_seeds(row.jobs, row.shown.get("log_likelihood"), values) for row in table.rows}
+    bounds = {row.label: of_seeds(row.jobs, row.shown.get("elbo"), values) for row in table.rows}
 
     def difference(first: MethodRow, second: MethodRow) -> Difference | None:
         return statistics.paired_difference(scores[first.label], scores[second.label], exhaustive=table.exhaustive)
 
-    best = _best(table, difference)
+    best = trust.best(table, difference)
     reference = table.rows[0]
     rows = [
         dataclasses.replace(
@@ -208,29 +233,3 @@ def _compared(table: Table, values: Mapping[tuple[str, str, str], Values]) -> Ta
         for row in table.rows
     ]
     return dataclasses.replace(table, rows=rows)
-
-
-def _of_seeds(
-    row: MethodRow, estimate: Estimate | None, values: Mapping[tuple[str, str, str], Values]
-) -> dict[int, Values]:
-    if estimate is None:
-        return {}
-    keys = {seed: (job_id, estimate.evaluator, estimate.metric) for seed, job_id in row.jobs.items()}
-    return {seed: values[key] for seed, key in keys.items() if key in values}
-
-
-def _best(table: Table, difference: Callable[[MethodRow, MethodRow], Difference | None]) -> MethodRow | None:
-    """The row whose log-likelihood is ahead of every other's beyond the noise, if there is one.
-
-    There is none where kinds differ or are density ratios, where a pair shares one seed only, and where the leader has
-    a seed that did not end well: the rest would flatter it.
-    """
-    ranked = {row.label: row.shown["log_likelihood"] for row in table.rows if "log_likelihood" in row.shown}
-    kinds = {estimate.kind for estimate in ranked.values()}
-    if len(ranked) < 2 or len(kinds) > 1 or DENSITY_RATIO in kinds:
-        return None
-    rows = [row for row in table.rows if row.label in ranked]
-    leader = max(rows, key=lambda row: ranked[row.label].value)
-    ahead = [difference(leader, row) for row in rows if row is not leader]
-    complete = ranked[leader.label].seeds == len(leader.statuses)
-    return leader if complete and all(d is not None and d.beyond_noise and d.value > 0 for d in ahead) else None

@@ -1,14 +1,12 @@
-"""The text of a table's cells, notes and legends, shared by terminal and Markdown."""
+"""The text of a table's title and cells, shared by terminal and Markdown."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from harness.report import tables
-from harness.report.tables import Issue, MethodRow, Table
+from harness.report.tables import MethodRow, Table
 from harness.statistics import DENSITY_RATIO, Spread
 
 MARKS = {
@@ -22,7 +20,7 @@ MARKS = {
 }
 """Read before a number, so that "≥ -91.2" says what it is."""
 
-BEST, EXCEEDS, ONE_SEED, MISSING = "*", "!", "°", "-"
+BEST, EXCEEDS, DOUBTED, ONE_SEED, MISSING = "*", "!", "†", "°", "-"
 HEADINGS = {
     "log_likelihood": "log p(x)",
     "elbo": "ELBO",
@@ -92,6 +90,7 @@ def estimate_cell(row: MethodRow, column: str, places: int) -> Cell:
     if estimate is None:
         return Cell(MISSING)
     flag = EXCEEDS if column == "elbo" and row.exceeds else ""
+    flag = DOUBTED if column == "log_likelihood" and row.untrusted else flag
     return Cell(fixed(estimate.value, places), mark(estimate.kind), _error(estimate.spread, places), flag)
 
 
@@ -99,7 +98,7 @@ def difference_cell(table: Table, row: MethodRow, places: int) -> Cell:
     difference = row.difference
     if difference is None:
         return Cell("first" if row is table.rows[0] else MISSING)
-    flag = ONE_SEED if difference.one_seed else ""
+    flag = (DOUBTED if row.untrusted or table.rows[0].untrusted else "") + (ONE_SEED if difference.one_seed else "")
     return Cell(f"{difference.value:+.{places}f}", "", _error(difference.stderr, places), flag)
 
 
@@ -129,99 +128,17 @@ def title(table: Table) -> str:
 
 
 def observations(table: Table) -> str:
-    counts = sorted({n for row in table.rows for n in _scored(row)})
+    counts = sorted({n for row in table.rows for n in scored(row)})
     if not counts:
         return ""
     number = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     return f"{number} {table.key.split} observations" + (" (all there are)" if table.exhaustive else "")
 
 
-def _scored(row: MethodRow) -> Sequence[int]:
+def scored(row: MethodRow) -> Sequence[int]:
+    """The numbers of observations that the row's log p(x) is a mean over."""
     return row.shown["log_likelihood"].n_observations if "log_likelihood" in row.shown else ()
 
 
-def legend(built: Sequence[Table]) -> list[str]:
-    """Explains the marks that occur, and only those."""
-    rows = [row for table in built for row in table.rows]
-    kinds = {estimate.kind for row in rows for estimate in row.shown.values()}
-    known = [f"{MARKS[kind]} {kind}" for kind in MARKS if kind in kinds]
-    known += [f"? {kind}" for kind in sorted(kinds - MARKS.keys())]
-    lines = ["nats per observation; ± standard deviation over seeds"]
-    if any(row.difference for row in rows):
-        lines[0] += "; Δ: paired difference to the first row, ± its standard error"
-    if known:
-        lines.append("kinds: " + "   ".join(known) + (" (no bound, never ranked)" if DENSITY_RATIO in kinds else ""))
-    if any(row.best for row in rows):
-        lines.append(f"{BEST} ahead of every other row by more than two standard errors (Student's t for few seeds)")
-    if any(row.difference and row.difference.one_seed for row in rows):
-        lines.append(f"{ONE_SEED} one seed: the spread over seeds is unknown, not in the error, and nothing is ranked")
-    return lines
-
-
-def notes(table: Table) -> list[str]:
-    """What a reader has to know before trusting the table, most important first."""
-    return [
-        *_issue_notes(table),
-        *(_excess_note(table, row) for row in table.rows if row.exceeds),
-        *_pairing_notes(table),
-        *(_mixed_note(column, values) for column, values in table.mixed.items()),
-        *_definition_notes(table),
-        *([f"left out: older fits of the same runs ({table.left_out})"] if table.left_out else []),
-    ]
-
-
-def issues(table: Table) -> list[tuple[Issue, str]]:
-    """What gave no number, each once with the seeds that it happened to."""
-    grouped: dict[Issue, list[int]] = {}
-    for issue in (issue for row in table.rows for issue in row.issues):
-        grouped.setdefault(dataclasses.replace(issue, seed=0), []).append(issue.seed)
-    return [(issue, _seed_list(found)) for issue, found in grouped.items()]
-
-
-def _issue_notes(table: Table) -> list[str]:
-    """Skips of evaluators are told only where they leave a hole in the table."""
-    whole = {row.label for row in table.rows if row.shown.keys() >= tables.COLUMNS.keys()}
-    told: list[str] = []
-    for issue, found in issues(table):
-        if not (issue.evaluator and issue.status == "skipped" and issue.label in whole):
-            what = f"{one_line(issue.label)}, {issue.evaluator}" if issue.evaluator else one_line(issue.label)
-            told.append(f"{what}: {issue.status} ({found}): {one_line(issue.reason)}")
-    return told
-
-
-def _seed_list(seeds: Sequence[int]) -> str:
+def seed_list(seeds: Sequence[int]) -> str:
     return ("seed " if len(seeds) == 1 else "seeds ") + ", ".join(str(seed) for seed in sorted(seeds))
-
-
-def _excess_note(table: Table, row: MethodRow) -> str:
-    elbo, truth = row.shown["elbo"], row.shown["log_likelihood"]
-    what = "exceeds log p(x)" if truth.kind == "exact" else f"exceeds log p(x) as estimated by {table.evaluator}"
-    bound = "no bound" if elbo.kind == DENSITY_RATIO else "check both estimators"
-    return f"{EXCEEDS} {one_line(row.label)}: ELBO ({elbo.kind}: {bound}) {what} ({_seed_list(row.exceeds)})"
-
-
-def _pairing_notes(table: Table) -> list[str]:
-    """Rows whose difference to the first is unknown though both have a log-likelihood; unequal observations."""
-    first, *others = table.rows
-    scored = [row for row in others if "log_likelihood" in row.shown]
-    unpaired = [one_line(row.label) for row in scored if row.difference is None]
-    found: list[str] = []
-    if unpaired and "log_likelihood" in first.shown:
-        why = "no seed and observation in common"
-        found.append(f"no paired difference for {', '.join(unpaired)}: {why}")
-    if len({_scored(row) for row in table.rows if _scored(row)}) > 1:
-        found.append("log p(x) is over different numbers of observations: compare only the paired differences")
-    return found
-
-
-def _definition_notes(table: Table) -> list[str]:
-    if table.definitions == 1:
-        return []
-    mine = table.key.spec_hash[:7]
-    return [f"this problem has {table.definitions} definitions among these records: compare within this one ({mine})"]
-
-
-def _mixed_note(column: str, values: Mapping[str, Sequence[str]]) -> str:
-    shorten = 9 if column == "git_commit" else 80
-    told = [f"{one_line(value)[:shorten] or 'unknown'} ({', '.join(map(one_line, values[value]))})" for value in values]
-    return f"mixed {column.replace('_', ' ')}: " + "; ".join(told)

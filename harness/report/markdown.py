@@ -10,11 +10,12 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from harness import statistics
-from harness.report import cells, tables
+from harness.report import cells, doubts, notes, tables
 from harness.report.build import tables_of
+from harness.report.panels import FLAGS, UNTRUSTED, Entry, Panel, panels
 from harness.report.tables import MethodRow, Table
 from harness.statistics import Estimate, Row
 
@@ -52,7 +53,7 @@ def write_report(store: Source, folder: Path) -> Path:
     pictures = [_figures(table, store, built, folder, name) for table, name in zip(built, names, strict=True)]
     sections = [
         "# Comparison of inference methods",
-        *_bullets(cells.legend(built)),
+        *_bullets(notes.legend(built)),
         *(line for table, shown in zip(built, pictures, strict=True) for line in _section(table, shown)),
         *_methods(built),
         *_environment(statistics.rows(records)),
@@ -78,9 +79,9 @@ def unique_slugs(texts: Sequence[str]) -> list[str]:
     return found
 
 
-def escape(text: str) -> str:
+def escape(text: str, longest: int = cells.LONGEST_REASON) -> str:
     """Text from elsewhere as Markdown that shows it as it is: on one line, within a table or a paragraph."""
-    return _SPECIAL.sub(r"\\\1", html.escape(cells.one_line(text), quote=False))
+    return _SPECIAL.sub(r"\\\1", html.escape(cells.one_line(text, longest), quote=False))
 
 
 def _bullets(lines: Iterable[str]) -> list[str]:
@@ -103,7 +104,8 @@ def _section(table: Table, pictures: Mapping[str, str]) -> list[str]:
         "",
         escape(cells.title(table)),
         *_table(table),
-        *_bullets(cells.notes(table)),
+        *_bullets(notes.notes(table)),
+        *(line for panel in panels(table) for line in _panel(panel)),
         *(line for name, path in pictures.items() for line in ("", f"![{name}]({path})", "", escape(_CAPTIONS[name]))),
         *_numbers(table),
         *_failures(table),
@@ -121,6 +123,8 @@ def _line(table: Table, row: MethodRow, places: Mapping[str, int]) -> list[str]:
     scores = {column: _inline(cells.estimate_cell(row, column, places[column])) for column in tables.COLUMNS}
     if row.exceeds:
         scores["elbo"] += " (exceeds log p(x))"
+    if row.untrusted:
+        scores["log_likelihood"] += f" ({UNTRUSTED})"
     name, score = escape(row.label), scores.pop("log_likelihood")
     if row.best:
         name, score = f"**{name}** {escape(cells.BEST)}", f"**{score}**"
@@ -134,12 +138,30 @@ def _inline(cell: cells.Cell) -> str:
     return " ".join(escape(text) for text in (cell.mark, cell.number, error) if text)
 
 
+def _panel(panel: Panel) -> list[str]:
+    """A table below the main one: each number with its errors in turn."""
+    lines = [[escape(label), *(_entry(entry) for entry in entries)] for label, entries in panel.lines]
+    header = ["method", *(escape(column.replace("-\n", "").replace("\n", " ")) for column in panel.columns)]
+    return ["", f"### {escape(panel.title)}", *_grid(header, lines), *(_bullets(panel.notes) if panel.notes else [])]
+
+
+def _entry(entry: Entry) -> str:
+    known = " / ".join(error or "?" for error in entry.errors) if any(entry.errors) else ""
+    flags = [f"({FLAGS[flag]})" for flag in entry.flags]
+    texts = (entry.mark, entry.number, f"± {known}" if known else "", *flags)
+    return " ".join(escape(text) for text in texts if text)
+
+
 def _numbers(table: Table) -> list[str]:
     """Every measurement with its kind, its three errors and its settings."""
-    header = ["method", "metric", "evaluator", "kind", "mean", "sd over seeds", "estimator's error", "test set's error",
-              "seeds", "observations", "bits/dim", "settings (first seed)"]  # fmt: skip
+    header = ["method", "metric", "evaluator", "kind", "split", "mean", "sd over seeds", "estimator's error",
+              "test set's error", "seeds", "observations", "bits/dim", "settings (first seed)"]  # fmt: skip
     lines = [_number_line(row, estimate) for row in table.rows for estimate in row.estimates]
-    return ["", "<details><summary>All numbers</summary>", *_grid(header, lines, 12), "", "</details>"] if lines else []
+    return (
+        ["", "<details><summary>All numbers</summary>", *_grid(header, lines, len(header)), "", "</details>"]
+        if lines
+        else []
+    )
 
 
 def _number_line(row: MethodRow, estimate: Estimate) -> list[str]:
@@ -148,15 +170,35 @@ def _number_line(row: MethodRow, estimate: Estimate) -> list[str]:
     kind = estimate.bounds if told else "; ".join(filter(None, [estimate.kind, estimate.bounds]))
     bits = f"{estimate.bits_per_dim:.4f}" if math.isfinite(estimate.bits_per_dim) else "-"
     observations = ", ".join(f"{n:,}" for n in estimate.n_observations)
-    texts = (row.label, estimate.metric, estimate.evaluator, kind, f"{estimate.value:.6g} {estimate.unit}")
+    value = f"{estimate.value:.6g} {estimate.unit}" + (f" ({UNTRUSTED})" if doubts.doubted(row, estimate) else "")
+    texts = (row.label, estimate.metric, estimate.evaluator, kind, estimate.split, value)
     numbers = (*(f"{error:.2g}" if math.isfinite(error) else "unknown" for error in errors), str(estimate.seeds))
-    return [escape(text) for text in (*texts, *numbers, observations, bits, _settings(estimate.settings[0]))]
+    shown = [escape(text) for text in (*texts, *numbers, observations, bits)]
+    return [*shown, escape(_settings(estimate.settings[0]), LONGEST_SETTINGS)]
+
+
+LONGEST_SETTING, LONGEST_SETTINGS = 80, 1000
 
 
 def _settings(text: str) -> str:
-    """An estimator's settings and diagnostics, rounded: they are there to be read."""
-    rounded = {key: f"{x:.4g}" if isinstance(x, float) else x for key, x in json.loads(text).items()}
-    return ", ".join(f"{key}={_text(value)}" for key, value in rounded.items())
+    """An estimator's settings and diagnostics, rounded and shortened: they are there to be read."""
+    shown = {key: cells.one_line(_rounded(value), LONGEST_SETTING) for key, value in json.loads(text).items()}
+    return ", ".join(f"{key}={value}" for key, value in shown.items())
+
+
+def _rounded(value: Any) -> str:
+    """Any JSON value in short: mappings as ``{key: value}``."""
+    if isinstance(value, dict):
+        inside = cast(Mapping[str, Any], value)
+        return "{" + ", ".join(f"{key}: {_rounded(inside[key])}" for key in sorted(inside, key=_natural)) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_rounded(each) for each in cast(Sequence[Any], value)) + "]"
+    return f"{value:.4g}" if isinstance(value, float) else _text(value)
+
+
+def _natural(key: str) -> tuple[float, str]:
+    """Numbers before words, in their own order: settings are stored with their keys sorted as texts."""
+    return (float(key) if key.isdecimal() else math.inf), key
 
 
 def _text(value: Any) -> str:
@@ -165,7 +207,7 @@ def _text(value: Any) -> str:
 
 def _failures(table: Table) -> list[str]:
     """Everything that gave no number, with its reason."""
-    fields = [(i.label, seeds, i.evaluator or "the fit", i.status, i.reason) for i, seeds in cells.issues(table)]
+    fields = [(i.label, seeds, i.evaluator or "the fit", i.status, i.reason) for i, seeds in notes.issues(table)]
     lines = [[escape(text) for text in line] for line in fields]
     header = ["method", "seeds", "of", "status", "reason"]
     return ["", "Fits and evaluators without a number:", *_grid(header, lines, len(header))] if lines else []

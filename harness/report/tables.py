@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from harness.statistics import DENSITY_RATIO, Difference, Estimate, Spread
+from harness.statistics import DENSITY_RATIO, Agreement, Difference, Estimate, Spread
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
     "log_likelihood": ("log_likelihood",),
@@ -42,6 +43,56 @@ class Issue:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """What bidirectional bounds say of one estimator of one method: how far it may be from log p(x).
+
+    Measured with the same settings on observations that were simulated from the fitted model, so it speaks of those.
+
+    Args:
+        gap: Upper less lower bound, over the seeds that are certified.
+        gaps, thresholds: Of each of these seeds; thresholds are infinite where none is stated.
+        missing: Seeds that have an estimate and no certificate.
+        reach: The gap and two of its standard errors (more for few observations), at least those two; infinite where
+            unknown. No difference below it is ranked.
+    """
+
+    gap: Estimate
+    gaps: Mapping[int, float]
+    thresholds: Mapping[int, float]
+    missing: Sequence[int]
+    reach: float
+
+    @property
+    def untrusted(self) -> list[int]:
+        """Seeds whose gap is over the threshold. One is enough: the mean over seeds contains it."""
+        return [seed for seed, gap in self.gaps.items() if gap > self.thresholds[seed]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checks:
+    """What was found out about a posterior by others than its method.
+
+    Args:
+        own: ELBO as the method or its density gives it.
+        fresh: ELBO with the density ratio of a discriminator that was trained after the fit.
+        upper: Upper bound on the ELBO.
+        smoothed: Lower bound on the ELBO of the posterior smoothed by noise, and thereby on log p(x).
+        vacuous: The last is too loose to tell anything.
+        exceeds: Which of `own`, `fresh` and `smoothed` are above log p(x), and for which seeds.
+        own_less_upper, smoothed_less_own: None where one of the two is missing.
+    """
+
+    own: Estimate | None = None
+    fresh: Estimate | None = None
+    upper: Estimate | None = None
+    smoothed: Estimate | None = None
+    vacuous: bool = False
+    exceeds: Mapping[str, Sequence[int]] = field(default_factory=dict[str, Sequence[int]])
+    own_less_upper: Agreement | None = None
+    smoothed_less_own: Agreement | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class MethodRow:
     """A method with its configuration on one problem.
 
@@ -51,7 +102,11 @@ class MethodRow:
         estimates: Every metric by every evaluator; ``shown`` are those in the table's columns.
         difference: Paired log-likelihood less that of the table's first row; None for that row and where unknown.
         exceeds: Seeds whose ELBO is above log p(x) by more than the combined error.
-        best: Ahead of every other row beyond the noise.
+        best: Ahead of every other row beyond the noise and the certificates' gaps.
+        evidence: log p(x) by every evaluator that measured it on test observations.
+        certificates: By evaluator, of these and others; one that bidirectional bounds say nothing about is not in it.
+        agreements: Of every two of them the first less the second, by their names.
+        checks: None where nobody checked the posterior.
     """
 
     label: str
@@ -69,6 +124,19 @@ class MethodRow:
     difference: Difference | None = None
     exceeds: Sequence[int] = ()
     best: bool = False
+    evidence: Mapping[str, Estimate] = field(default_factory=dict[str, Estimate])
+    certificates: Mapping[str, Certificate] = field(default_factory=dict[str, Certificate])
+    agreements: Mapping[tuple[str, str], Agreement] = field(default_factory=dict[tuple[str, str], Agreement])
+    checks: Checks | None = None
+
+    def distrusts(self, evaluator: str) -> bool:
+        """Whether what that evaluator says of log p(x) is marked as untrusted."""
+        return evaluator in self.certificates and bool(self.certificates[evaluator].untrusted)
+
+    @property
+    def untrusted(self) -> bool:
+        """Whether the log-likelihood that is shown is."""
+        return "log_likelihood" in self.shown and self.distrusts(self.shown["log_likelihood"].evaluator)
 
     @property
     def density_ratio(self) -> bool:
@@ -101,3 +169,13 @@ class Table:
         """Whether the test split is the whole population."""
         shown = [row.shown["log_likelihood"] for row in self.rows if "log_likelihood" in row.shown]
         return bool(shown) and all(estimate.exhaustive for estimate in shown)
+
+    def reach(self, first: MethodRow, second: MethodRow) -> float:
+        """What their difference must exceed besides the noise: the larger of the two certified gaps, with its error.
+
+        0 where no row has a certificate for the estimator that is shown; infinite where only one of the two has.
+        """
+        if not any(self.evaluator in row.certificates for row in self.rows):
+            return 0.0
+        known = [row.certificates[self.evaluator] for row in (first, second) if self.evaluator in row.certificates]
+        return max(certificate.reach for certificate in known) if len(known) == 2 else math.inf

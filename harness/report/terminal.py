@@ -12,13 +12,15 @@ from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from harness.report import cells, tables
+from harness.report import cells, notes, tables
 from harness.report.build import tables_of
+from harness.report.panels import ERRORS, Entry, Panel, panels
 from harness.report.tables import MethodRow, Table
 from harness.statistics import DENSITY_RATIO
 
 _ASCII = str.maketrans(
     {"±": "+-", "≈": "u", "≥": ">", "≳": "s>", "≲": "s<", "→": "c", "Δ": "diff", "·": "|", "…": "...", "°": "'"}
+    | {"†": "#"}
 )
 _HEADINGS = {"elbo": "ELBO", "kl_to_prior": "KL to\nprior", "reconstruction": "recon-\nstruction"}
 
@@ -38,11 +40,17 @@ def print_tables(
     for table in built:
         console.print(write(cells.one_line(table.key.problem), "bold"), write(cells.title(table)), sep="  ")
         console.print(_rich(table, write))
-        for note in cells.notes(table):
-            console.print(Padding(write(note, "yellow"), (0, 0, 0, 2), expand=False))
+        _print_lines(console, write, notes.notes(table), "yellow")
+        for panel in panels(table):
+            _print_panel(console, write, panel)
         console.print()
-    for line in cells.legend(built):
+    for line in notes.legend(built):
         console.print(write(line, "dim"))
+
+
+def _print_lines(console: Console, write: _Writer, lines: Sequence[str], style: str) -> None:
+    for line in lines:
+        console.print(Padding(write(line, style), (0, 0, 0, 2), expand=False))
 
 
 class _Writer:
@@ -92,3 +100,65 @@ def _cells(table: Table, row: MethodRow, places: Mapping[str, int], write: _Writ
 def _two_lines(write: _Writer, cell: cells.Cell) -> Text:
     error = f"±{cell.error}" if cell.error else ""
     return write(cell.mark + cell.number).append_text(write(f"\n{error}{cell.flag}", "dim"))
+
+
+# Tables below
+
+
+def _print_panel(console: Console, write: _Writer, panel: Panel) -> None:
+    console.print()
+    console.print(write(panel.title, "bold"))
+    for part in _parts(panel, console.width, write):
+        console.print(_rich_panel(panel, part, write))
+    _print_lines(console, write, panel.notes, "yellow")
+
+
+def _parts(panel: Panel, width: int, write: _Writer) -> list[range]:
+    """The columns of as many tables, one below the other, as the terminal's width asks for."""
+    widths = [max(len(line) for line in _column_lines(panel, i, write)) + GUTTER for i in range(len(panel.columns))]
+    available = width - _name_width(panel)
+    parts: list[range] = []
+    start = used = 0
+    for i, needed in enumerate(widths):
+        if i > start and used + needed > available:
+            parts.append(range(start, i))
+            start, used = i, 0
+        used += needed
+    return [*parts, range(start, len(widths))]
+
+
+LONGEST_NAME, GUTTER = 26, 2
+
+
+def _name_width(panel: Panel) -> int:
+    """Of the first column, which names methods and errors."""
+    names = [min(LONGEST_NAME, len(cells.one_line(label))) for label, _ in panel.lines]
+    return max(*names, *map(len, ERRORS))
+
+
+def _column_lines(panel: Panel, i: int, write: _Writer) -> list[str]:
+    entries = [line for _, line in panel.lines]
+    texts = [*panel.columns[i].split("\n"), *(text for line in entries for text in _entry_lines(line[i]))]
+    return [write(text).plain for text in texts]
+
+
+def _entry_lines(entry: Entry) -> list[str]:
+    return [entry.mark + entry.number, *entry.errors, *entry.flags]
+
+
+def _rich_panel(panel: Panel, part: range, write: _Writer) -> RichTable:
+    """A line for the numbers of a method, one for each of its flags, and one for each kind of error that is known."""
+    rich = RichTable(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
+    width = _name_width(panel)
+    rich.add_column(write("method"), overflow="fold", min_width=width, max_width=width)
+    for i in part:
+        rich.add_column(write(panel.columns[i]), justify="right", no_wrap=True)
+    for label, line in panel.lines:
+        entries = [line[i] for i in part]
+        rich.add_row(write(cells.one_line(label)), *(write(e.mark + e.number) for e in entries))
+        for k in range(max(len(e.flags) for e in entries)):
+            rich.add_row("", *(write("".join(e.flags[k : k + 1]), "red") for e in entries))
+        for k, name in enumerate(ERRORS):
+            if any(e.errors[k] not in ("", "0") for e in entries):
+                rich.add_row(write(name, "dim"), *(write(e.errors[k], "dim") for e in entries))
+    return rich

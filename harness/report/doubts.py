@@ -1,0 +1,269 @@
+"""Sentences about what is not to be believed: certificates, estimators that disagree, bounds that cannot be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+
+from harness.report.cells import DOUBTED, EXCEEDS, one_line, seed_list
+from harness.report.tables import Certificate, MethodRow, Table
+from harness.report.trust import GAP, anneals, differing, gap_error, settings
+from harness.statistics import DENSITY_RATIO, DISAGREEMENT, LOWER_BOUNDS, Agreement, Estimate, stem
+
+K_HAT = "k_hat_above_0.7"
+RESTS_ON_EVIDENCE = ("log_likelihood", "approximation_gap", "kl_to_posterior")
+"""Metrics that are as good as their log p(x); the amortisation gap is a difference of two ELBOs."""
+
+Pair = tuple[str, str]
+
+
+def short(table: Table, evaluator: str) -> str:
+    """The evaluator's name, without its options where no other of that name measured log p(x)."""
+    names = {name for row in table.rows for name in row.evidence}
+    bare = stem(evaluator)
+    alone = [stem(name) for name in names].count(bare) == 1
+    return one_line(bare, 11) if alone else one_line(evaluator, 24)
+
+
+def number(value: float, error: float, sign: str = "") -> str:
+    """A value with as many decimals as two digits of its error need."""
+    places = min(4, max(0, 1 - math.floor(math.log10(error)))) if math.isfinite(error) and error > 0 else 3
+    return f"{value:{sign}.{places}f}" + (f" ± {error:.2g}" if math.isfinite(error) else "")
+
+
+# Certificates
+
+
+def over_threshold(gap: Estimate, row: MethodRow) -> bool:
+    """Whether the gap of any seed is over its threshold, whatever it certifies."""
+    certified = [found for found in row.certificates.values() if found.gap.evaluator == gap.evaluator]
+    threshold = settings(gap.settings[0]).get("threshold", math.inf)
+    return any(found.untrusted for found in certified) or gap.value > threshold
+
+
+def doubted(row: MethodRow, estimate: Estimate) -> bool:
+    """Whether a number is marked as untrusted: a log p(x), what is made of one, or the gap itself."""
+    if estimate.metric == GAP:
+        return over_threshold(estimate, row)
+    return estimate.metric in RESTS_ON_EVIDENCE and row.distrusts(estimate.evaluator)
+
+
+def of_certificate(row: MethodRow, evaluator: str) -> list[str]:
+    """That an evaluator's log-likelihood is untrusted, and why."""
+    if not row.distrusts(evaluator):
+        return []
+    found = row.certificates[evaluator]
+    gap = number(found.gap.value, gap_error(found.gap.stderr, found.gap.stderr_test))
+    threshold = min(found.thresholds[seed] for seed in found.untrusted)
+    what = f"{DOUBTED} {one_line(row.label)}: log p(x) by {one_line(evaluator)} is untrusted and not ranked"
+    over = f"over the threshold of {threshold:g} ({seed_list(found.untrusted)})"
+    return [f"{what}: BDMC gap {gap} nats on simulated observations, {over}"]
+
+
+def of_ranking(table: Table) -> list[str]:
+    """Differences to the first row that are beyond the noise and not beyond the gap."""
+    first, *others = table.rows
+    found: list[str] = []
+    for row in others:
+        reach = table.reach(row, first)
+        if row.difference and row.difference.beyond_noise and not row.untrusted and not first.untrusted:
+            lead = abs(row.difference.value) - row.difference.margin
+            if lead <= reach:
+                gap = f"the BDMC gap with its error, {reach:.2g} nats" if math.isfinite(reach) else "an unknown gap"
+                found.append(
+                    f"{one_line(row.label)}: the difference to {one_line(first.label)} is beyond the noise, but not "
+                    f"beyond it and {gap}: not ranked"
+                )
+    return found
+
+
+def _certification(table: Table) -> Iterator[str]:
+    """Which estimators that anneal have no certificate, and why; gaps below zero."""
+    for row in table.rows:
+        label = one_line(row.label)
+        gaps = [estimate for estimate in row.estimates if estimate.metric == GAP]
+        for evaluator, estimate in row.evidence.items():
+            if evaluator in row.certificates:
+                yield from _missing(label, evaluator, row.certificates[evaluator])
+            elif anneals(estimate) and gaps:
+                names = {gap.evaluator: differing(estimate.settings[0], gap.settings[0]) for gap in gaps}
+                told = "; ".join(f"{one_line(name)} has {_differences(found)}" for name, found in names.items())
+                yield f"{label}: {one_line(evaluator)} is not certified, the settings differ: {told}"
+            elif anneals(estimate):
+                why = [f" ({i.status}: {one_line(i.reason)})" for i in row.issues if i.evaluator.startswith("bdmc")]
+                yield f"{label}: {one_line(evaluator)} is not certified, no BDMC gap was measured{''.join(why[:1])}"
+        for gap in gaps:
+            if gap.value < -DISAGREEMENT * gap_error(gap.stderr, gap.stderr_test):
+                yield f"{label}: the upper bound of {one_line(gap.evaluator)} is below its lower bound: a fault"
+
+
+def _missing(label: str, evaluator: str, certificate: Certificate) -> Iterator[str]:
+    if certificate.missing:
+        missing = seed_list(certificate.missing)
+        yield f"{label}: {one_line(evaluator)} is not certified for {missing}, and therefore not ranked"
+
+
+def _differences(found: Mapping[str, tuple[object, object]]) -> str:
+    return ", ".join(f"{name} {theirs}, not {mine}" for name, (mine, theirs) in found.items()) or "other seeds"
+
+
+# Agreement
+
+
+def of_trust(table: Table, pairs: Sequence[Pair]) -> list[str]:
+    """What is to be known before one of the estimates of log p(x) is believed, the worst first."""
+    shown = table.evaluator  # its certificate is told under the main table
+    return [
+        *_pairing(table, pairs),
+        *(note for pair in pairs for row in table.rows for note in _disagreement(row, pair)),
+        *(note for row in table.rows for name in row.evidence if name != shown for note in of_certificate(row, name)),
+        *_certification(table),
+        *_tails(table),
+    ]
+
+
+def _disagreement(row: MethodRow, pair: Pair) -> list[str]:
+    found = row.agreements.get(pair)
+    if found is None or not found.disagree:
+        return []
+    first, second = (row.evidence[name] for name in pair)
+    names = [one_line(name) for name in pair]
+    high, low = names if found.value > 0 else names[::-1]
+    by = f"{one_line(row.label)}: {low} is {number(abs(found.value), found.stderr)} nats below {high}"
+    if second.kind == "exact":
+        if first.kind not in LOWER_BOUNDS:
+            return [f"{by}, beyond {DISAGREEMENT:g} errors: they disagree"]
+        if found.above:
+            return [f"{EXCEEDS} {by}: a lower bound cannot exceed log p(x), so one of them is faulty"]
+        return [f"{by}, which is exact: the bound is loose by that much"]
+    if first.kind in LOWER_BOUNDS and second.kind in LOWER_BOUNDS:
+        return [f"{by}, beyond {DISAGREEMENT:g} errors: of two lower bounds the higher is the closer"]
+    return [f"{by}, beyond {DISAGREEMENT:g} errors: they disagree"]
+
+
+def shares(table: Table) -> dict[tuple[str, str], float]:
+    """Part of the observations whose weights have a tail too heavy for their errors, by method and evaluator."""
+    found: dict[tuple[str, str], float] = {}
+    for row in table.rows:
+        for name, estimate in row.evidence.items():
+            known = [settings(text)[K_HAT] for text in estimate.settings if K_HAT in settings(text)]
+            if known:
+                found[row.label, name] = sum(known) / len(known)
+    return found
+
+
+def _tails(table: Table) -> list[str]:
+    heavy = [f"{one_line(label)} {100 * share:.3g} %" for (label, _), share in shares(table).items() if share > 0]
+    if not heavy:
+        return []
+    names = ", ".join(sorted({one_line(name) for (_, name), share in shares(table).items() if share > 0}))
+    part = f"Pareto k-hat of the weights is above 0.7 for a part of the observations ({', '.join(heavy)})"
+    return [f"{part}: the standard errors of {names} are not to be believed there, and the bound is loose"]
+
+
+def about_trust(table: Table, pairs: Sequence[Pair]) -> list[str]:
+    told = ["log p(x), trusted or not: differences of estimators are paired over what both scored, ± their errors"]
+    if any(estimate.metric == GAP for row in table.rows for estimate in row.estimates):
+        told.append(
+            "BDMC gap: upper less lower bound on log p(x). It certifies the settings on observations simulated from "
+            "the fitted model, not on the real ones"
+        )
+    return told if pairs else told[1:]
+
+
+def _pairing(table: Table, pairs: Sequence[Pair]) -> list[str]:
+    """Over how many observations estimators are compared, where they have scored different ones."""
+    scored = {name: row.evidence[name].n_observations for row in table.rows for name in row.evidence}
+    if len(set(scored.values())) == 1 or not pairs:
+        return []
+    counts = ", ".join(f"{short(table, name)} {' or '.join(f'{n:,}' for n in found)}" for name, found in scored.items())
+    return [f"observations scored: {counts}; differences are over those in common: {_common(table, pairs)}"]
+
+
+def _common(table: Table, pairs: Sequence[Pair]) -> str:
+    counts = {
+        pair: sorted({row.agreements[pair].n_observations for row in table.rows if pair in row.agreements})
+        for pair in pairs
+    }
+    texts = {pair: " or ".join(f"{n:,}" for n in found) for pair, found in counts.items()}
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return "; ".join(f"{short(table, a)} - {short(table, b)}: {text}" for (a, b), text in texts.items())
+
+
+# Posteriors
+
+
+NAMES = {
+    "own": "own ELBO",
+    "fresh": "ELBO of the fresh discriminator",
+    "smoothed": "lower bound of the smoothed posterior",
+}
+
+
+def of_checks(table: Table) -> list[str]:
+    return [note for row in table.rows if row.checks for note in (*_exceeding(table, row), *_outside(row))]
+
+
+def _exceeding(table: Table, row: MethodRow) -> Iterator[str]:
+    if row.checks is None or "log_likelihood" not in row.shown:
+        return
+    truth = row.shown["log_likelihood"]
+    by = "" if truth.kind == "exact" else f" as estimated by {one_line(table.evaluator)} (itself a {truth.kind})"
+    for name, seeds in row.checks.exceeds.items():
+        estimate: Estimate = getattr(row.checks, name)
+        why = "a density ratio is no bound" if estimate.kind == DENSITY_RATIO else "check both estimators"
+        yield f"{EXCEEDS} {one_line(row.label)}: {NAMES[name]} exceeds log p(x){by} ({seed_list(seeds)}): {why}"
+
+
+def _outside(row: MethodRow) -> Iterator[str]:
+    if row.checks is None or row.checks.own is None:
+        return
+    label, ratio = one_line(row.label), row.checks.own.kind == DENSITY_RATIO
+    above, below = row.checks.own_less_upper, row.checks.smoothed_less_own
+    if above and above.above:
+        why = "its adversary was too weak, its KL is too small" if ratio else "a fault in one of them"
+        yield f"{EXCEEDS} {label}: own ELBO is {_by(above)} above the upper bound on the ELBO: {why}"
+    if below and below.above and not row.checks.vacuous:
+        why = (
+            "its KL is too large, or the smoothed posterior is the better one"
+            if ratio
+            else "the smoothed posterior is the better one, or a fault in one of them"
+        )
+        yield f"{label}: own ELBO is {_by(below)} below the lower bound of the smoothed posterior: {why}"
+
+
+def _by(found: Agreement) -> str:
+    return f"{number(abs(found.value), found.stderr)} nats"
+
+
+def about_checks() -> list[str]:
+    return [
+        "fresh discriminator: trained on new draws, after the fit and larger than the method's own",
+        "ELBO at most: from the same discriminator, on draws that it has never seen; above log p(x) it is merely loose",
+        SMOOTHED,
+    ]
+
+
+SMOOTHED = (
+    "smoothed at least: lower bound on the ELBO of the posterior with Gaussian noise added, so on log p(x) too; "
+    "vacuous: more than 5 nats below the upper bound"
+)
+
+
+def about_gaps() -> list[str]:
+    return [
+        "approximation gap: log p(x) less the ELBO of the best member of the same family for each observation",
+        "amortisation gap: that ELBO less the one of the posterior as fitted",
+    ]
+
+
+def of_gaps(table: Table) -> list[str]:
+    """Posteriors without gaps, and why."""
+    told = {
+        (one_line(row.label), issue.status, one_line(issue.reason))
+        for row in table.rows
+        for issue in row.issues
+        if stem(issue.evaluator) == "gaps"
+    }
+    return [f"{label}: {status}: {reason}" for label, status, reason in sorted(told)]

@@ -1,0 +1,241 @@
+"""Tables below the main one: which log p(x) to trust, what others say of a posterior, and where its ELBO falls short.
+
+Each is a `Panel`, plain texts that terminal and Markdown lay out in their own ways.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from harness.report import doubts
+from harness.report.cells import MISSING, decimals, fixed, mark, one_line
+from harness.report.tables import MethodRow, Table
+from harness.report.trust import GAP
+from harness.statistics import Agreement, Estimate, stem
+
+UNTRUSTED, VACUOUS, EXCEEDS = "untrusted", "vacuous", "exceeds"
+FLAGS = {UNTRUSTED: "untrusted", VACUOUS: "vacuous", EXCEEDS: "exceeds log p(x)"}
+"""Short, as in a narrow column -> in full."""
+ERRORS = ("± over seeds", "± estimator", "± over x")
+"""Standard deviation over seeds, the estimator's standard error, and that from the choice of observations."""
+GAPS = ("approximation_gap", "amortisation_gap", "kl_to_posterior")
+
+
+class Entry(NamedTuple):
+    """A number with its mark, its three errors (empty where unknown) and its flags."""
+
+    number: str = MISSING
+    mark: str = ""
+    errors: tuple[str, str, str] = ("", "", "")
+    flags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """A table of texts.
+
+    Args:
+        columns: Headings; lines are parted by line feeds.
+        lines: Label of a method and its entries.
+        about: What its columns are, the same for all tables of this title.
+        notes: What a reader has to know before believing it.
+        kinds: Of the estimates in it, for the legend.
+    """
+
+    title: str
+    columns: Sequence[str]
+    lines: Sequence[tuple[str, Sequence[Entry]]]
+    about: Sequence[str]
+    notes: Sequence[str]
+    kinds: frozenset[str]
+
+
+def panels(table: Table) -> list[Panel]:
+    """Those that have anything to show."""
+    return [panel for panel in (trust(table), checks(table), gaps(table)) if panel]
+
+
+def entry(row: MethodRow, estimate: Estimate | None, places: int, flags: Iterable[str] = ()) -> Entry:
+    if estimate is None:
+        return Entry()
+    flags = [*flags, UNTRUSTED] if doubts.doubted(row, estimate) else flags
+    known = (_error(estimate.spread), _error(estimate.stderr), _error(estimate.stderr_test))
+    return Entry(fixed(estimate.value, places), mark(estimate.kind), known, tuple(flags))
+
+
+def _error(error: float) -> str:
+    return f"{error:.2g}" if math.isfinite(error) else ""
+
+
+def _places(estimates: Iterable[Estimate | None]) -> int:
+    """Decimals that fit the estimators' errors, or what seeds differ by where there are none."""
+    return decimals([estimate.stderr or estimate.spread for estimate in estimates if estimate])
+
+
+# log p(x)
+
+
+def trust(table: Table) -> Panel | None:
+    """log p(x) by every estimator, how they agree, how far off they may be, and where their errors are not to be had.
+
+    None where there is one estimator, and nothing to be said of it.
+    """
+    columns = [*_evidence(table), *_agreements(table), *_certified(table), *_k_hat(table)]
+    notes = doubts.of_trust(table, pairs(table))
+    if len(columns) == len(estimators(table)) < 2 and not notes:
+        return None
+    return Panel(
+        title="Can log p(x) be trusted?",
+        columns=[heading for heading, _ in columns],
+        lines=[(row.label, [cell(row) for _, cell in columns]) for row in table.rows],
+        about=doubts.about_trust(table, pairs(table)),
+        notes=notes,
+        kinds=frozenset(estimate.kind for row in table.rows for estimate in [*row.evidence.values(), *_gaps_of(row)]),
+    )
+
+
+Column = tuple[str, Callable[[MethodRow], Entry]]
+
+
+def estimators(table: Table) -> list[str]:
+    """Evaluators of log p(x), in the order in which rows have them."""
+    found = [list(row.evidence) for row in table.rows]
+    return list(dict.fromkeys(name for names in sorted(found, key=len, reverse=True) for name in names))
+
+
+def pairs(table: Table) -> list[tuple[str, str]]:
+    return list(dict.fromkeys(pair for row in table.rows for pair in row.agreements))
+
+
+def _log_places(table: Table) -> int:
+    errors = [e.stderr or e.spread for row in table.rows for e in row.evidence.values()]
+    return decimals([*errors, *(found.stderr for row in table.rows for found in row.agreements.values())])
+
+
+def _evidence(table: Table) -> list[Column]:
+    places = _log_places(table)
+
+    def column(name: str) -> Column:
+        def cell(row: MethodRow) -> Entry:
+            return entry(row, row.evidence.get(name), places)
+
+        return f"log p(x)\n{doubts.short(table, name)}", cell
+
+    return [column(name) for name in estimators(table)]
+
+
+def _agreements(table: Table) -> list[Column]:
+    places = _log_places(table)
+
+    def column(first: str, second: str) -> Column:
+        def cell(row: MethodRow) -> Entry:
+            doubted = [UNTRUSTED] if row.distrusts(first) or row.distrusts(second) else []
+            return _difference(row.agreements.get((first, second)), places, doubted)
+
+        a, b = doubts.short(table, first), doubts.short(table, second)
+        return min((f"{a} less\n{b}", f"{a}\nless {b}"), key=lambda text: max(map(len, text.split("\n")))), cell
+
+    return [column(first, second) for first, second in pairs(table)]
+
+
+def _difference(found: Agreement | None, places: int, flags: Sequence[str]) -> Entry:
+    if found is None:
+        return Entry()
+    return Entry(f"{found.value:+.{places}f}", "", ("", _error(found.stderr), ""), tuple(flags))
+
+
+def _gaps_of(row: MethodRow) -> list[Estimate]:
+    return [estimate for estimate in row.estimates if estimate.metric == GAP]
+
+
+def _certified(table: Table) -> list[Column]:
+    names = dict.fromkeys(gap.evaluator for row in table.rows for gap in _gaps_of(row))
+
+    def column(name: str) -> Column:
+        mine = {row.label: gap for row in table.rows for gap in _gaps_of(row) if gap.evaluator == name}
+        places = decimals([max(gap.stderr, gap.stderr_test) for gap in mine.values()])
+
+        def cell(row: MethodRow) -> Entry:
+            return entry(row, mine.get(row.label), places)
+
+        return f"BDMC gap,\n{'simulated' if len(names) == 1 else one_line(name)}", cell
+
+    return [column(name) for name in names]
+
+
+def _k_hat(table: Table) -> list[Column]:
+    found = doubts.shares(table)
+    names = list(dict.fromkeys(name for _, name in found))
+
+    def column(name: str) -> Column:
+        def cell(row: MethodRow) -> Entry:
+            share = found.get((row.label, name))
+            return Entry() if share is None else Entry(f"{100 * share:.3g} %")
+
+        return "k-hat\n> 0.7" if len(names) == 1 else f"k-hat > 0.7\n{doubts.short(table, name)}", cell
+
+    return [column(name) for name in names]
+
+
+# Posteriors
+
+
+def checks(table: Table) -> Panel | None:
+    """What others say of the posteriors; None if nobody looked."""
+    rows = [row for row in table.rows if row.checks]
+    if not rows:
+        return None
+    found = [row.checks for row in rows if row.checks]
+    estimates = [e for c in found for e in (c.own, c.fresh, c.upper, c.smoothed)]
+    estimates += [row.shown.get("log_likelihood") for row in rows]
+    places = _places(estimates)
+    return Panel(
+        title="Checks of the posteriors by others than their methods",
+        columns=[
+            "own\nELBO",
+            "fresh dis-\ncriminator",
+            "ELBO at\nmost",
+            "smoothed\nat least",
+            f"log p(x)\n{one_line(stem(table.evaluator), 11)}",
+        ],
+        lines=[(row.label, _check_entries(row, places)) for row in rows],
+        about=doubts.about_checks(),
+        notes=doubts.of_checks(table),
+        kinds=frozenset(estimate.kind for estimate in estimates if estimate),
+    )
+
+
+def _check_entries(row: MethodRow, places: int) -> list[Entry]:
+    found = row.checks
+    if found is None:
+        return []
+    entries = [
+        entry(row, estimate, places, [EXCEEDS] if name in found.exceeds else [])
+        for name, estimate in (("own", found.own), ("fresh", found.fresh), ("upper", found.upper))
+    ]
+    flags = [flag for flag, raised in ((EXCEEDS, "smoothed" in found.exceeds), (VACUOUS, found.vacuous)) if raised]
+    truth = entry(row, row.shown.get("log_likelihood"), places)
+    return [*entries, entry(row, found.smoothed, places, flags), truth]
+
+
+def gaps(table: Table) -> Panel | None:
+    """Where ELBOs fall short of log p(x); None if nobody measured it."""
+    found = {
+        row.label: {e.metric: e for e in row.estimates if stem(e.evaluator) == "gaps" and e.metric in GAPS}
+        for row in table.rows
+    }
+    rows = [row for row in table.rows if found[row.label]]
+    if not rows:
+        return None
+    places = {metric: _places(found[row.label].get(metric) for row in rows) for metric in GAPS}
+    return Panel(
+        title="Where the ELBO falls short of log p(x)",
+        columns=["approxi-\nmation gap", "amorti-\nsation gap", "their sum:\nKL to p(z|x)"],
+        lines=[(row.label, [entry(row, found[row.label].get(m), places[m]) for m in GAPS]) for row in rows],
+        about=doubts.about_gaps(),
+        notes=doubts.of_gaps(table),
+        kinds=frozenset(estimate.kind for estimates in found.values() for estimate in estimates.values()),
+    )
