@@ -1,4 +1,4 @@
-"""Estimators that evaluators share: means and log-mean-exps in constant memory, and the proposal that scores all alike.
+"""Estimators that evaluators share: means and bounds in constant memory, and the proposal that scores all alike.
 
 Shapes: S samples, N observations (B in one block), D latent dimensions, E event shape of one observation.
 """
@@ -116,10 +116,118 @@ class StreamedLogMeanExp:
 
     def stderr(self) -> Tensor:
         """Standard error of `value`, shape (N,); nan for a single weight."""
-        if self.n < 2:
-            return torch.full_like(self._log_sum, math.nan)
-        relative_variance = (self.n / self.effective_sample_size() - 1).clamp(min=0) * self.n / (self.n - 1)
-        return torch.sqrt(relative_variance / self.n)
+        return _delta_method(self._log_sum, self._log_sum_squares, self.n)
+
+
+def _delta_method(log_sum: Tensor, log_sum_squares: Tensor, n: int) -> Tensor:
+    """Standard error of log (1/n) sum w, from log sum w and log sum w^2; nan for n = 1."""
+    if n < 2:
+        return torch.full_like(log_sum, math.nan)
+    relative_variance = (n * torch.exp(log_sum_squares - 2 * log_sum) - 1).clamp(min=0) * n / (n - 1)
+    return torch.sqrt(relative_variance / n)
+
+
+@dataclass(frozen=True, eq=False)
+class BoundCurve:
+    """The importance-weighted bounds L_K for J values of K: bound and stderr have shape (J, N), nats, float64."""
+
+    k: tuple[int, ...]
+    bound: Tensor
+    stderr: Tensor
+
+
+class StreamedBounds:
+    r"""The importance-weighted bounds for K = 1, 10, 100, ... and for all S weights, in one pass and constant memory.
+
+    .. math:: L_K = \mathbb{E} \log \frac{1}{K} \sum_{k=1}^K w_k \le L_{K+1} \le \log p(x)
+
+    Each is the mean over the disjoint groups of K consecutive weights, so that it has no bias; weights that do not fill
+    a group are left out. Groups of K consist of ten groups of K/10, hence the estimates of a complete power of ten
+    increase with K in every sample, not in expectation alone. Burda et al. 2016, Theorem 1,
+    https://arxiv.org/abs/1509.00519
+    """
+
+    def __init__(self) -> None:
+        self.total = StreamedLogMeanExp()
+        self._levels: list[_Groups] = []
+
+    def add(self, log_w: Tensor) -> None:
+        """Add weights of shape (S, N)."""
+        self.total.add(log_w)
+        sums = torch.stack([log_w.double(), 2 * log_w.double()])
+        level = 0
+        while len(sums[0]):
+            if level == len(self._levels):
+                self._levels.append(_Groups(10**level))
+            sums = self._levels[level].add(sums)
+            level += 1
+
+    def curve(self) -> BoundCurve:
+        """K = 1, 10, 100, ... below S, then S itself, whose value and error are those of `total`.
+
+        An error is that over groups, or the delta method's where there is one group only.
+
+        Raises:
+            ValueError: If nothing was added.
+        """
+        last = self.total.value(), self.total.stderr()
+        levels = [level for level in self._levels if level.k < self.total.n]
+        points = [*((level.means.value(), level.stderr()) for level in levels), last]
+        bound, stderr = (torch.stack(column) for column in zip(*points, strict=True))
+        return BoundCurve((*(level.k for level in levels), self.total.n), bound, stderr)
+
+
+class _Groups:
+    """One level of the cascade: groups of k weights, and those of them that wait for ten to be complete.
+
+    A group is log sum w and log sum w^2: sums have shape (2, groups, N).
+    """
+
+    def __init__(self, k: int) -> None:
+        self.k, self.means = k, StreamedMean()
+        self._waiting = self._last = torch.empty(2, 0, 0)
+
+    def add(self, sums: Tensor) -> Tensor:
+        """Add at least one group; returns the groups of 10 k that this completes."""
+        self.means.add(sums[0] - math.log(self.k))
+        self._last = sums[:, -1].clone()
+        if self._waiting.numel():
+            sums = torch.cat([self._waiting, sums], dim=1)
+        tens = sums.shape[1] // 10
+        self._waiting = sums[:, 10 * tens :].clone()  # a view would keep the whole block
+        return sums[:, : 10 * tens].reshape(2, tens, 10, -1).logsumexp(2) if tens else sums[:, :0]
+
+    def stderr(self) -> Tensor:
+        return self.means.stderr() if self.means.n > 1 else _delta_method(self._last[0], self._last[1], self.k)
+
+
+class StreamedLargest:
+    """The ``count`` largest of all values along the first axis; keeps twice as many, and one block, at most."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._parts: list[Tensor] = []
+
+    def add(self, values: Tensor) -> None:
+        """Add values of shape (S, N)."""
+        self._parts.append(values)
+        # Waiting until as many are new as are kept makes the cost a value independent of the block's size.
+        if sum(map(len, self._parts)) >= 2 * self.count:
+            self._parts = [self._merged()]
+
+    def value(self) -> Tensor:
+        """Shape (count, N), or (S, N) if fewer were added, in descending order.
+
+        Raises:
+            ValueError: If nothing was added.
+        """
+        if not self._parts:
+            raise ValueError("no values were added")
+        return self._merged()
+
+    def _merged(self) -> Tensor:
+        values = torch.cat(self._parts)
+        return values.topk(min(self.count, len(values)), dim=0).values
 
 
 def posterior_means(

@@ -11,6 +11,8 @@ from torch import Tensor
 from harness import estimators
 from harness.estimators import (
     DefensiveProposal,
+    StreamedBounds,
+    StreamedLargest,
     StreamedLogMeanExp,
     StreamedMean,
     observation_blocks,
@@ -74,8 +76,11 @@ def test_effective_sample_size_lies_between_one_and_the_number_of_samples(stream
 def test_estimates_that_do_not_exist_are_not_numbers() -> None:
     with pytest.raises(ValueError, match="no weights"):
         StreamedLogMeanExp().value()
-    with pytest.raises(ValueError, match="no values"):
-        StreamedMean().value()
+    with pytest.raises(ValueError, match="no weights"):
+        StreamedBounds().curve()
+    for empty in (StreamedMean(), StreamedLargest(3)):
+        with pytest.raises(ValueError, match="no values"):
+            empty.value()
     estimate, mean = StreamedLogMeanExp(), StreamedMean()
     estimate.add(torch.zeros(1, 2))
     mean.add(torch.zeros(1, 2))
@@ -96,6 +101,82 @@ def test_mean_is_the_direct_one_however_it_is_cut(sizes: list[int], stream: torc
     torch.testing.assert_close(mean.value(), values.mean(0), rtol=1e-14, atol=0)
     torch.testing.assert_close(mean.sd(), values.std(0), rtol=1e-6, atol=0)
     torch.testing.assert_close(mean.stderr(), values.std(0) / math.sqrt(40), rtol=1e-6, atol=0)
+
+
+def cuts(samples: int) -> list[list[int]]:
+    return [[samples], [1] * samples, [min(7, samples - i) for i in range(0, samples, 7)], [samples - 1, 1]]
+
+
+@pytest.mark.parametrize("samples", [2, 9, 10, 11, 100, 345, 1000])
+@pytest.mark.parametrize("cut", range(4))
+def test_bounds_are_the_direct_ones_however_the_stream_is_cut(samples: int, cut: int, stream: torch.Generator) -> None:
+    log_w = 2 * torch.randn(samples, 3, generator=stream, dtype=torch.float64)
+    log_w[:, 1] += 1e4
+    log_w[1, 2] = -math.inf
+    bounds = StreamedBounds()
+    for part in log_w.split(cuts(samples)[cut]):
+        bounds.add(part)
+    curve = bounds.curve()
+    expected = [k for k in (1, 10, 100) if k < samples] + [samples]
+    assert curve.k == tuple(expected)
+    for k, bound, stderr in zip(curve.k, curve.bound, curve.stderr, strict=True):
+        columns = slice(2) if k == 1 else slice(3)  # a single weight of zero has no logarithm
+        groups = log_w[: samples // k * k].unflatten(0, (-1, k)).logsumexp(1)[:, columns] - math.log(k)
+        torch.testing.assert_close(bound[columns], groups.mean(0))
+        w = torch.exp(log_w[:k, columns] - groups[0])
+        error = groups.std(0) / math.sqrt(len(groups)) if len(groups) > 1 else w.std(0) / math.sqrt(k)
+        torch.testing.assert_close(stderr[columns], error)
+    assert torch.equal(curve.bound[-1], bounds.total.value())
+    assert torch.equal(curve.stderr[-1], bounds.total.stderr())
+
+
+def test_bounds_of_complete_groups_increase_in_every_sample(stream: torch.Generator) -> None:
+    bounds = StreamedBounds()
+    for part in (3 * torch.randn(10_000, 50, generator=stream)).split(128):
+        bounds.add(part)
+    curve = bounds.curve()
+    assert curve.k == (1, 10, 100, 1000, 10_000)
+    assert (curve.bound.diff(dim=0) > 0).all()
+    # E log w = 0 and log E w = 4.5: so that there is something to increase.
+    assert curve.bound[0].mean() == pytest.approx(0, abs=4 * 3 / math.sqrt(500_000))
+    assert curve.bound[-1].mean() > 3
+
+
+@pytest.mark.parametrize("count", [1, 10, 40, 50])
+@pytest.mark.parametrize("sizes", CUTS)
+def test_largest_are_the_direct_ones_however_the_stream_is_cut(
+    sizes: list[int], count: int, stream: torch.Generator
+) -> None:
+    values = torch.randn(40, 6, generator=stream)
+    values[:, 5] = values[0, 5]
+    largest = StreamedLargest(count)
+    for part in values.split(sizes):
+        largest.add(part)
+    torch.testing.assert_close(largest.value(), values.sort(dim=0, descending=True).values[:count], rtol=0, atol=0)
+
+
+def held(kept: object) -> int:
+    """Bytes of all tensors that an object keeps alive, whole storages where it keeps views."""
+    if isinstance(kept, Tensor):
+        return kept.untyped_storage().nbytes()
+    parts = kept if isinstance(kept, list | tuple) else vars(kept).values() if hasattr(kept, "__dict__") else ()
+    return sum(held(part) for part in parts)
+
+
+def most_held(kept: StreamedBounds | StreamedLargest, blocks: int) -> int:
+    stream, most = torch.Generator().manual_seed(5), 0
+    for _ in range(blocks):
+        kept.add(torch.randn(50, 4, generator=stream))
+        most = max(most, held(kept))
+    return most
+
+
+def test_streams_keep_no_more_of_many_values_than_of_few() -> None:
+    few, many = (most_held(StreamedBounds(), blocks) for blocks in (20, 200))
+    # Ten times the values are one level more: at most nine groups that wait, the last one, and the two moments.
+    assert few < many <= few + (9 * 2 + 2 + 2) * 4 * 8
+    few, many = (most_held(StreamedLargest(30), blocks) for blocks in (20, 200))
+    assert few == many <= (2 * 30 + 50) * 4 * 4
 
 
 @pytest.mark.parametrize("event", [1, 784, 3 * 64 * 64, 2**22])
