@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import get_args
 
 import numpy as np
@@ -63,6 +64,21 @@ def _check_measurement(name: str, measurement: Measurement, again: Measurement, 
     require(bool(np.isfinite(values).all() and np.isfinite(stderrs).all()), f"{what}: not finite")
     require(bool((stderrs >= 0).all()), f"{what}: negative standard errors")
     require(measurement.kind != "exact" or not stderrs.any(), f"{what}: an exact number has no standard error")
-    inside = bool((indices >= 0).all() and (indices < n_test).all()) and len(set(indices.tolist())) == len(indices)
-    require(inside, f"{what}: indices must be distinct and lie within the test split")
+    distinct = len(set(indices.tolist())) == len(indices)
+    require(distinct and bool((indices >= 0).all()), f"{what}: indices must be distinct and not negative")
+    inside = bool((indices < n_test).all()) or measurement.split not in ("", "test")
+    require(inside, f"{what}: indices must lie within the test split, or name another split")
     json.dumps(dict(measurement.settings), allow_nan=False)
+    _check_traces(what, measurement.traces, again.traces)
+
+
+def _check_traces(what: str, traces: Mapping[str, np.ndarray], again: Mapping[str, np.ndarray]) -> None:
+    require(sorted(traces) == sorted(again), f"{what}: measuring the same fit twice gives different traces")
+    for name, trace in traces.items():
+        numeric = isinstance(trace, np.ndarray) and trace.dtype.kind in "fiub"
+        require(
+            numeric, f"{what}: trace {name!r} must be an array of numbers, got {getattr(trace, 'dtype', type(trace))}"
+        )
+        require(not bool(np.isinf(trace).any()), f"{what}: trace {name!r} is infinite somewhere; nan means unknown")
+        same = np.array_equal(trace, again[name], equal_nan=trace.dtype.kind == "f")
+        require(same, f"{what}: measuring the same fit twice gives different traces {name!r}")

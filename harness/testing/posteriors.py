@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from harness.model import LatentModel, log_normal
-from harness.posterior import HasAnalyticKL, HasDensity, HasLogRatio, HasPointDensity, Posterior
+from harness.posterior import (
+    HasAnalyticKL,
+    HasDensity,
+    HasLocalFamily,
+    HasLogRatio,
+    HasPointDensity,
+    LocalFamily,
+    Posterior,
+)
 from harness.testing.laws import require, require_close, require_equal, require_mean, require_shape, untouched
 
 DRAWS = 4000
+CENTRES = 64
+MOVED = 0.5
+"""Standard deviation of what is added to a local family's parameters; less would move too little to be noticed."""
 SMOOTHED_DIMENSIONS = 3
 """In more dimensions the draws' kernel estimate is too rough for its ratio to the density to have a useful error."""
 
@@ -46,6 +58,9 @@ def check_posterior(posterior: Posterior, model: LatentModel, x: Tensor) -> None
         require(moved, "Posterior.sample: the same draws whatever x is")
     _check_log_ratio(posterior, x, z)
     _check_densities(posterior, model, x)
+    if isinstance(posterior, HasLocalFamily):
+        require(isinstance(posterior, HasDensity), "Posterior.local: a posterior with a local family has a density too")
+        _check_local_family(posterior, posterior.local, model, x)
 
 
 def _check_log_ratio(posterior: Posterior, x: Tensor, z: Tensor) -> None:
@@ -73,7 +88,7 @@ def _check_densities(posterior: Posterior, model: LatentModel, x: Tensor) -> Non
     if isinstance(posterior, HasPointDensity):
         require_close(posterior.log_prob(x, z), log_q, "Posterior.sample_and_log_prob and Posterior.log_prob")
     if model.latent_dim <= SMOOTHED_DIMENSIONS:
-        ratio = torch.exp(_smoothed(posterior, x, z) - log_q)
+        ratio = torch.exp(_smoothed(posterior.sample(x, CENTRES, stream(2)), z) - log_q)
         require_mean(ratio, 1.0, "the posterior's density does not integrate to 1 where its draws are")
     if isinstance(posterior, HasAnalyticKL):
         kl = posterior.kl_to_prior(x)
@@ -92,11 +107,81 @@ def _draws(posterior: Posterior, x: Tensor) -> tuple[Tensor, Tensor] | None:
     return None
 
 
-def _smoothed(posterior: Posterior, x: Tensor, z: Tensor) -> Tensor:
+def _smoothed(centres: Tensor, z: Tensor) -> Tensor:
     """Log density at z (S, N, D) of a mixture of Gaussians around other draws: it lies where q lies, whatever q's form.
 
     E_q[g / q] = 1 for any density g that lives on the support of q.
     """
-    centres = posterior.sample(x, 64, stream(2))
     log_sd = torch.log(0.3 * centres.std(0) + 1e-12)
     return log_normal(z[:, None], centres, log_sd).logsumexp(1) - math.log(len(centres))
+
+
+def _check_local_family(
+    posterior: Posterior, local: Callable[[Tensor], LocalFamily], model: LatentModel, x: Tensor
+) -> None:
+    with untouched("Posterior.local"):
+        members = local(x)
+    require(isinstance(members, LocalFamily), f"Posterior.local: expected a LocalFamily, got {type(members).__name__}")
+    shapes = {name: tuple(parameter.shape) for name, parameter in members.named_parameters()}
+    require(bool(shapes), "Posterior.local: members without parameters")
+    for name, shape in shapes.items():
+        require(shape[:1] == (len(x),), f"LocalFamily: {name} must have shape ({len(x)}, ...), got {shape}")
+    _check_start(posterior, members, model, x)
+    _check_gradients(members, model, x)
+    _check_moved(posterior, members, model, x)
+    _check_common_noise(local(x), members)
+
+
+def _check_start(posterior: Posterior, members: LocalFamily, model: LatentModel, x: Tensor) -> None:
+    """The members are the amortised posterior."""
+    with untouched("LocalFamily.sample_and_log_prob"):
+        z, log_q = members.sample_and_log_prob(DRAWS, stream(1))
+    require_shape(z, (DRAWS, len(x), model.latent_dim), "LocalFamily: draws")
+    require_shape(log_q, (DRAWS, len(x)), "LocalFamily: log density of draws")
+    if isinstance(posterior, HasPointDensity):
+        require_close(log_q, posterior.log_prob(x, z), "log density of Posterior.local's draws and Posterior.log_prob")
+    amortised = posterior.sample(x, DRAWS, stream(2))
+    for moment, power in (("mean", 1), ("second moment", 2)):
+        difference = (z**power - amortised**power).flatten(1)
+        require_mean(difference, 0.0, f"the {moment} of Posterior.local's draws and of Posterior.sample's")
+
+
+def _check_gradients(members: LocalFamily, model: LatentModel, x: Tensor) -> None:
+    """The ELBO of an observation moves its own row of every parameter and no other."""
+    with torch.enable_grad():
+        z, log_q = members.sample_and_log_prob(16, stream(3))
+        attached = z.requires_grad or log_q.requires_grad
+        require(attached, "LocalFamily: draws and densities are detached from the parameters")
+        elbo = (model.log_joint(x, z) - log_q).mean(0)[0]
+        parameters = dict(members.named_parameters())
+        gradients = torch.autograd.grad(elbo, list(parameters.values()), allow_unused=True)
+    for name, gradient in zip(parameters, gradients, strict=True):
+        require(gradient is not None and bool(gradient[0].any()), f"LocalFamily: the ELBO gives {name} no gradient")
+        require(
+            gradient is None or not bool(gradient[1:].any()),
+            f"LocalFamily: {name}: the row of one observation matters to another",
+        )
+
+
+def _check_moved(posterior: Posterior, members: LocalFamily, model: LatentModel, x: Tensor) -> None:
+    """Elsewhere in the family the density is still that of the draws; the amortised posterior stays where it is."""
+    before, noise = posterior.sample(x, 3, stream(0)), stream(4)
+    for parameter in members.parameters():
+        change = torch.randn(parameter.shape, generator=noise, dtype=parameter.dtype)
+        parameter.data += MOVED * change
+    require_equal(posterior.sample(x, 3, stream(0)), before, "Posterior.sample before and after its local members move")
+    if model.latent_dim <= SMOOTHED_DIMENSIONS:
+        z, log_q = members.sample_and_log_prob(DRAWS, stream(1))
+        centres, _ = members.sample_and_log_prob(CENTRES, stream(2))
+        ratio = torch.exp(_smoothed(centres, z) - log_q)
+        require_mean(
+            ratio, 1.0, "LocalFamily: the density of moved members does not integrate to 1 where their draws are"
+        )
+
+
+def _check_common_noise(members: LocalFamily, moved: LocalFamily) -> None:
+    """What is read from the generator is the same for all members, so that two stay in step."""
+    one, other = stream(5), stream(5)
+    members.sample_and_log_prob(3, one)
+    moved.sample_and_log_prob(3, other)
+    require_equal(one.get_state(), other.get_state(), "LocalFamily: what two members leave of the same generator")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from harness.method import Fit
 from harness.model import log_normal
-from harness.posterior import Posterior
+from harness.posterior import LocalFamily, LocalGaussian, Posterior
 from harness.problem import DatasetSpec, MLPSpec, ModelSpec, Problem, TrainingView, placed
 from harness.seeding import Streams
 
@@ -69,6 +69,10 @@ class KnownPosterior(Posterior):
 
     def log_ratio(self, x: Tensor, z: Tensor) -> Tensor:
         return self.log_prob(x, z) - log_normal(z)
+
+    def local(self, x: Tensor) -> LocalFamily:
+        mean = self._mean(x)
+        return LocalGaussian(mean, torch.full_like(mean, float(np.log(self.SD))))
 
 
 def known_fit(view: TrainingView) -> Fit:

@@ -1,7 +1,7 @@
 r"""Why a posterior falls short of p(z|x): its family is too small, or the amortised member is not the family's best.
 
-.. math:: \underbrace{\log p(x) - L[q^*]}_{\text{approximation gap}} + \underbrace{L[q^*] - L[q]}_{\text{amortisation gap}}
-          = KL(q(z|x) \| p(z|x)), \qquad q^* = \arg\max_{q \in \mathcal{Q}} L[q]
+.. math:: KL(q(z|x) \| p(z|x)) = \underbrace{\log p(x) - L[q^*]}_{\text{approximation gap}}
+          + \underbrace{L[q^*] - L[q]}_{\text{amortisation gap}}, \qquad q^* = \arg\max_{q' \in \mathcal{Q}} L[q']
 
 with L the evidence lower bound of one observation x and q* the best member of the family for that x alone. Cremer, Li,
 Duvenaud 2018, Eq. 5, https://arxiv.org/abs/1801.03558
@@ -216,7 +216,8 @@ def optimised(
             average.update_parameters(members)
         if (step + 1) % max(1, steps // 20) == 0:
             told(step + 1, float(trace[step]))
-    return average.module, trace
+    members.load_state_dict(average.module.state_dict())
+    return members, trace
 
 
 def elbos_of(
@@ -262,7 +263,7 @@ def _gaps(log_p: LogLikelihood, means: Means) -> Means:
 
 
 def _rise_at_end(trace: Tensor) -> float:
-    """By how much the ELBO rose between the last two tenths of the steps: well above zero, it was still rising; nats."""
+    """By how much the ELBO rose from one to the other of the last two tenths of the steps, nats: zero at an optimum."""
     tenth = max(1, len(trace) // 10)
     return float(trace[-tenth:].mean() - trace[-2 * tenth : -tenth].mean())
 

@@ -21,9 +21,17 @@ from torch import Tensor
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
 from harness.method import Fit, Run
 from harness.model import DecoderModel, LatentModel
+from harness.posterior import LocalFamily, LocalGaussian, Posterior
 from harness.problem import DatasetSpec, MLPSpec, ModelSpec, Problem, TrainingView
-from harness.testing import ConformanceError, SmallProblem, check_evaluator, check_method, check_problem
-from harness.testing.small import KnownPosterior
+from harness.testing import (
+    ConformanceError,
+    SmallProblem,
+    check_evaluator,
+    check_method,
+    check_posterior,
+    check_problem,
+)
+from harness.testing.small import KnownPosterior, view_of
 from harness.training import Modules, Noise
 
 ROOT = Path(__file__).parents[2]
@@ -318,8 +326,17 @@ class FaultyEvaluator(Evaluator):
             next(fit.model.parameters()).data += 1
         if self.fault == "indices":
             indices = indices * 0
+        if self.fault in ("outside", "simulated"):
+            indices = indices + 1000
+        traces: dict[str, Any] = {
+            "text": {"notes": np.array(["fine"])},
+            "infinite": {"curve": np.array([1.0, np.inf])},
+            "random trace": {"curve": np.array([random.SystemRandom().random()])},
+            "unknown": {"curve": np.array([1.0, np.nan]), "counts": np.arange(3)},
+        }.get(self.fault, {})
+        split = "simulated" if self.fault == "simulated" else ""
         stderrs = torch.ones_like(values) if self.fault == "exact" else torch.zeros_like(values)
-        measured = run.measurement("kl_to_prior", values, stderrs, "exact", indices)
+        measured = run.measurement("kl_to_prior", values, stderrs, "exact", indices, split=split, traces=traces)
         return [] if self.fault == "nothing" else [measured] * (2 if self.fault == "twice" else 1)
 
 
@@ -330,6 +347,10 @@ class FaultyEvaluator(Evaluator):
         ("random", "measuring the same fit twice gives different values"),
         ("trains", "measuring changes the model's"),
         ("indices", "indices must be distinct"),
+        ("outside", "indices must lie within the test split"),
+        ("text", "trace 'notes' must be an array of numbers, got <U4"),
+        ("infinite", "trace 'curve' is infinite somewhere"),
+        ("random trace", "measuring the same fit twice gives different traces 'curve'"),
         ("exact", "an exact number has no standard error"),
         ("nothing", "no measurement; say why"),
         ("twice", "a metric is measured twice"),
@@ -339,3 +360,94 @@ def test_a_faulty_evaluator_is_found(fault: str, law: str) -> None:
     check_evaluator(FaultyEvaluator())
     with pytest.raises(ConformanceError, match=law):
         check_evaluator(FaultyEvaluator(fault=fault))
+
+
+@pytest.mark.parametrize("peculiarity", ["simulated", "unknown"])
+def test_what_is_no_fault(peculiarity: str) -> None:
+    """Indices of observations that are not the test split's, and diagnostics that are not known everywhere."""
+    check_evaluator(FaultyEvaluator(fault=peculiarity))
+
+
+class Local(LocalGaussian):
+    """A local family with one fault at a time."""
+
+    def __init__(self, mean: Tensor, log_sd: Tensor, fault: str) -> None:
+        start = mean + 0.5 * (fault == "other mean")
+        super().__init__(start, log_sd[0] if fault == "shared" else log_sd + 0.2 * (fault == "other scale"))
+        self.fault, self.first = fault, log_sd
+        if fault == "unused":
+            self.more = torch.nn.Parameter(torch.ones_like(mean))
+
+    def sample_and_log_prob(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        z, log_q = super().sample_and_log_prob(n, generator)
+        if self.fault == "detached":
+            return z.detach(), log_q.detach()
+        if self.fault == "mixed":
+            z = z + self.mean.mean(0) - self.mean.detach().mean(0)
+        if self.fault == "old density":
+            log_q = log_q + (self.log_sd - self.first).sum(-1)
+        if self.fault == "greedy" and bool((self.log_sd != self.first).any()):
+            torch.rand(1, generator=generator)
+        return z, log_q
+
+
+class FaultyFamily(KnownPosterior):
+    def __init__(self, fault: str) -> None:
+        super().__init__(latent_dim=2)
+        self.fault = fault
+
+    def local(self, x: Tensor) -> LocalFamily:
+        if self.fault == "global noise":
+            torch.rand(1)
+        return Local(self._mean(x), torch.full((len(x), 2), math.log(self.SD), dtype=x.dtype), self.fault)
+
+
+class ImplicitLocal(Posterior):
+    """Its draws may say what they like; only that it forgot its density matters."""
+
+    def sample(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        return KnownPosterior(2).sample(x, n, generator)
+
+    def local(self, x: Tensor) -> LocalFamily:
+        return KnownPosterior(2).local(x)
+
+
+class WithoutPointDensity(Posterior):
+    """Where the density is known for draws alone, the members' moments are looked at."""
+
+    def __init__(self, fault: str) -> None:
+        self.own = FaultyFamily(fault)
+
+    def sample(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        return self.own.sample(x, n, generator)
+
+    def sample_and_log_prob(self, x: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return self.own.sample_and_log_prob(x, n, generator)
+
+    def local(self, x: Tensor) -> LocalFamily:
+        return self.own.local(x)
+
+
+@pytest.mark.parametrize(
+    ("posterior", "law"),
+    [
+        (FaultyFamily("other mean"), "log density of Posterior.local's draws and Posterior.log_prob: differ by"),
+        (WithoutPointDensity("other mean"), "the mean of Posterior.local's draws and of Posterior.sample's: off by"),
+        (WithoutPointDensity("other scale"), "the second moment of Posterior.local's draws"),
+        (FaultyFamily("shared"), r"log_sd must have shape \(4, ...\), got \(2,\)"),
+        (FaultyFamily("unused"), "the ELBO gives more no gradient"),
+        (FaultyFamily("detached"), "draws and densities are detached from the parameters"),
+        (FaultyFamily("mixed"), "mean: the row of one observation matters to another"),
+        (FaultyFamily("old density"), "the density of moved members does not integrate to 1"),
+        (FaultyFamily("greedy"), "what two members leave of the same generator"),
+        (FaultyFamily("global noise"), "Posterior.local changes torch's global generator"),
+        (ImplicitLocal(), "a posterior with a local family has a density too"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else type(value).__name__,
+)
+def test_a_faulty_local_family_is_found(posterior: Posterior, law: str) -> None:
+    model, x = view_of(SmallProblem()).model, torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(4, 2, 3)
+    check_posterior(FaultyFamily("none"), model, x)
+    check_posterior(WithoutPointDensity("none"), model, x)
+    with pytest.raises(ConformanceError, match=law):
+        check_posterior(posterior, model, x)
