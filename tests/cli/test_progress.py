@@ -70,6 +70,50 @@ def test_plain_lines_are_few(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[-1].endswith("failed after 0:35: RuntimeError: half-way")
 
 
+def test_plain_lines_tell_of_long_measuring_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    time = Time()
+    progress = PlainProgress(Tally(time))
+    progress.started(1)
+    progress.job_started(1, JOB)
+    progress.measuring("ais")
+    for second in range(1, 26):
+        time.now = float(second)
+        progress.measured(second / 50, f"acceptance 0.{second}")
+    time.now = 31.0
+    progress.measuring("bdmc")
+    progress.job_finished(JOB, "ok", "")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 5  # start, after 10 and 20 seconds, the next evaluator, end
+    assert lines[1].endswith("seed 1: measuring: ais 20%, acceptance 0.10")
+    assert lines[2].endswith("seed 1: measuring: ais 40%, acceptance 0.20")
+    assert lines[3].endswith("seed 1: measuring: bdmc")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_the_live_line_shows_how_far_measuring_is(width: int) -> None:
+    screen = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
+    progress = LiveProgress(screen, Tally(Time()))
+    progress.tally.start(1)
+    progress.job_started(1, JOB)
+    progress.step(1.0, 5000, -23.4, 10.0)
+
+    def line() -> str:
+        with screen.capture() as capture:
+            screen.print(progress.drawn())
+        lines = capture.get().splitlines()
+        assert all(len(text) <= width for text in lines)
+        return lines[0]
+
+    progress.measuring("ais")
+    assert "measuring: ais" in line()
+    assert "%" not in line()
+    progress.measured(0.25, "acceptance 0.65")
+    assert "measuring: ais 25%  acceptance 0.65" in line()
+    progress.measuring("bdmc")
+    assert "measuring: bdmc" in line()
+    assert "acceptance" not in line()
+
+
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 140])
 def test_live_lines_fit_the_terminal_and_keep_the_essentials(width: int) -> None:
     screen = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)

@@ -1,0 +1,225 @@
+"""What evaluators are handed and what becomes of what they say: splits, traces, shared results, progress, keys."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import harness
+from harness.comparison import Silent
+from harness.evaluator import EvaluationRun, Evaluator, Measurement
+from harness.job import Job
+from harness.method import Fit
+from harness.planning import PlannedJob, resolve
+from harness.problem import Problem, placed, source_hash
+from harness.store import Store
+from harness_plugins.four_points import FourPoints
+
+SMALL: dict[str, Any] = {"methods": "vae", "problems": "four-points", "seeds": 2, "budget": "steps=5"}
+CPU = torch.device("cpu")
+
+COMPUTED: list[int] = []
+"""Seeds of the fits that something shared was computed for."""
+CURVE = np.array([[1.0, np.nan, 3.0]])
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    COMPUTED.clear()
+    yield
+    COMPUTED.clear()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing(Evaluator):
+    """Two metrics: one with traces, one of simulated observations; its value is shared by all of its kind."""
+
+    name: str = "sharing"
+    offset: int = 0
+    key: str = "shared"
+
+    def measure(self, fit: Fit, problem: Problem, run: EvaluationRun) -> list[Measurement]:
+        def compute() -> float:
+            COMPUTED.append(run.seed)
+            return 100.0 + run.seed
+
+        run.progress(0.5, f"half-way with {self.offset}")
+        values = torch.full((3,), run.once(self.key, compute) + self.offset)
+        zeros, indices = torch.zeros(3), torch.arange(3)
+        traces = {"curve": CURVE + self.offset, "counts": np.arange(2)}
+        return [
+            run.measurement("log_likelihood", values, zeros, "exact", indices, traces=traces),
+            run.measurement("bdmc_gap", values, zeros, "exact", indices, split="simulated"),
+        ]
+
+
+def values(records: pd.DataFrame) -> dict[tuple[str, int], float]:
+    mine = records[records["metric"] == "log_likelihood"]
+    return {(row["evaluator"], row["seed"]): row["value"] for _, row in mine.iterrows()}
+
+
+def test_a_record_names_the_split_that_was_measured(tmp_path: Path) -> None:
+    harness.compare(**SMALL, evaluators=[Sharing()], out=tmp_path)
+    records = pd.read_parquet(tmp_path / "records.parquet")
+    found = records.groupby("metric")["split"].unique()
+    assert found["log_likelihood"].tolist() == ["test"]
+    assert found["bdmc_gap"].tolist() == ["simulated"]
+
+
+def test_observations_that_are_not_the_test_split_are_never_all_there_are() -> None:
+    """The four points are all of their population; four simulated observations are not."""
+    problem = FourPoints()
+    run = EvaluationRun(placed(problem, CPU, torch.float32), problem, CPU, torch.float32, seed=0)
+    numbers, indices = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.arange(4)
+    test, simulated = (
+        run.measurement("log_likelihood", numbers, torch.zeros(4), "exact", indices, split=split)
+        for split in ("", "simulated")
+    )
+    assert test.stderr_test == 0
+    assert simulated.stderr_test == pytest.approx(numbers.std().item() / 2)
+
+
+def test_traces_are_stored_and_read_back(tmp_path: Path) -> None:
+    records = harness.compare(**SMALL, evaluators=[Sharing(), Sharing(offset=1)], out=tmp_path)
+    store = Store.open(tmp_path)
+    for job_id in records["job_id"].unique():
+        for label, offset in (("sharing", 0), ("sharing[offset=1]", 1)):
+            traces = store.traces(job_id, label, "log_likelihood")
+            assert sorted(traces) == ["counts", "curve"]
+            np.testing.assert_array_equal(traces["curve"], CURVE + offset)
+            np.testing.assert_array_equal(traces["counts"], [0, 1])
+            assert traces["counts"].dtype == np.arange(2).dtype
+            assert store.traces(job_id, label, "bdmc_gap") == {}
+        assert store.traces(job_id, "exact", "log_likelihood") == {}
+    # They are no values per observation.
+    examples = store.examples()
+    assert set(examples["metric"]) == {"log_likelihood", "bdmc_gap"}
+    assert len(examples) == 2 * 2 * 2 * 3
+
+
+def test_what_evaluators_share_is_computed_once_for_each_fit(tmp_path: Path) -> None:
+    records = harness.compare(**SMALL, evaluators=[Sharing(), Sharing(offset=1)], out=tmp_path)
+    assert COMPUTED == [0, 1]
+    assert values(records) == {
+        ("sharing", 0): 100, ("sharing", 1): 101, ("sharing[offset=1]", 0): 101, ("sharing[offset=1]", 1): 102,
+    }  # fmt: skip
+
+
+def test_another_key_is_computed_for_itself(tmp_path: Path) -> None:
+    harness.compare(**{**SMALL, "seeds": 1}, evaluators=[Sharing(), Sharing(key="other")], out=tmp_path)
+    assert COMPUTED == [0, 0]
+
+
+def test_it_does_not_matter_who_asked_first_or_alone(tmp_path: Path) -> None:
+    both, reverse = [Sharing(), Sharing(offset=1)], [Sharing(offset=1), Sharing()]
+    at_once = values(harness.compare(**SMALL, evaluators=both, out=tmp_path / "a"))
+    assert values(harness.compare(**SMALL, evaluators=reverse, out=tmp_path / "b")) == at_once
+    harness.compare(**SMALL, evaluators=[Sharing()], out=tmp_path / "c")
+    assert values(harness.compare(**SMALL, evaluators=both, out=tmp_path / "c")) == at_once
+
+
+def test_a_computation_that_failed_is_not_remembered() -> None:
+    problem = FourPoints()
+    run = EvaluationRun(placed(problem, CPU, torch.float32), problem, CPU, torch.float32, seed=0)
+
+    def fail() -> int:
+        raise ArithmeticError("no")
+
+    with pytest.raises(ArithmeticError):
+        run.once("key", fail)
+    assert run.once("key", lambda: 1) == 1
+    assert run.once("key", fail) == 1
+
+
+class Listening(Silent):
+    def __init__(self) -> None:
+        self.heard: list[tuple[Any, ...]] = []
+
+    def measuring(self, evaluator: str) -> None:
+        self.heard.append(("measuring", evaluator))
+
+    def measured(self, fraction: float, facts: str) -> None:
+        self.heard.append(("measured", fraction, facts))
+
+    def job_finished(self, job: PlannedJob, status: str, reason: str) -> None:
+        self.heard.append(("finished", status))
+
+
+def test_progress_of_an_evaluator_is_told_while_it_measures(tmp_path: Path) -> None:
+    progress = Listening()
+    evaluators = [Sharing(), Sharing(offset=1)]
+    harness.compare(**{**SMALL, "seeds": 1}, evaluators=evaluators, out=tmp_path, progress=progress)
+    assert progress.heard == [
+        ("measuring", "sharing"),
+        ("measured", 0.5, "half-way with 0"),
+        ("measuring", "sharing"),
+        ("measured", 0.5, "half-way with 1"),
+        ("finished", "ok"),
+    ]
+
+
+# Keys
+
+
+def imported(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def job() -> Job:
+    return resolve("vae", "four-points", [0], "steps=5", None, "cpu", "float32", (), ()).jobs[0]
+
+
+def test_an_edit_of_a_module_that_an_evaluator_names_makes_its_numbers_stale_and_no_others(tmp_path: Path) -> None:
+    path = tmp_path / "annealing_of_mine.py"
+    path.write_text("STEPS = 3\n")
+    module = imported(path)
+
+    class Depending(Sharing):
+        modules: ClassVar[tuple[ModuleType, ...]] = (module,)
+
+    def keys() -> tuple[str, str]:
+        source_hash.cache_clear()  # as in a new process
+        return job().measurement_key(Depending()), job().measurement_key(Sharing())
+
+    depending, plain = keys()
+    assert depending != plain
+    assert keys() == (depending, plain)
+    path.write_text("STEPS = 4\n")
+    edited, same = keys()
+    assert edited != depending
+    assert same == plain
+
+
+def test_numbers_are_measured_again_after_such_an_edit(tmp_path: Path) -> None:
+    path = tmp_path / "constants_of_mine.py"
+    path.write_text("")
+    module = imported(path)
+
+    class Depending(Sharing):
+        modules: ClassVar[tuple[ModuleType, ...]] = (module,)
+
+    arguments: dict[str, Any] = {**SMALL, "seeds": 1, "evaluators": [Depending()], "out": tmp_path / "out"}
+    harness.compare(**arguments)
+    harness.compare(**arguments)
+    assert COMPUTED == [0]
+    path.write_text("# an edit\n")
+    source_hash.cache_clear()
+    harness.compare(**arguments)
+    assert COMPUTED == [0, 0]
+    stored = [json.loads(file.read_text())["key"] for file in (tmp_path / "out").glob("measurements/*/*.json")]
+    assert stored == [job().measurement_key(Depending())]
