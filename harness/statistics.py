@@ -78,8 +78,9 @@ class Estimate(Spread):
 
     Args:
         stderr: The estimator's standard error of the mean over seeds (independent over seeds).
-        stderr_test: The standard error from the choice of test observations; seeds share them, so it does not shrink
-            with their number. 0 where the test split is the whole population; nan where unknown.
+        stderr_test: The standard error from the choice of observations; seeds share those of the test split, so it does
+            not shrink with their number, unless they are simulated. 0 where the test split is the whole population; nan
+            where unknown.
         n_observations: The numbers of observations that the seeds' values are means of; usually one number.
         settings: JSON texts, one a seed.
         split: What the observations are from: `test`, `simulated` ...
@@ -310,6 +311,8 @@ def _number(row: Row, column: str) -> float:
 def over_seeds(records: Sequence[Row]) -> Estimate:
     """One metric of one method by one evaluator, from the records of its seeds (at least one)."""
     first, n = records[0], len(records)
+    errors = np.array([_number(row, "stderr_test") for row in records])
+    simulated = first["split"] == SIMULATED  # from each seed's own model: then seeds do not share observations
     basic = spread([_number(row, "value") for row in records])
     return Estimate(
         value=basic.value,
@@ -321,7 +324,7 @@ def over_seeds(records: Sequence[Row]) -> Estimate:
         bounds=first["bounds"] or "",
         unit=first["unit"] or "",
         stderr=math.sqrt(sum(_number(row, "stderr") ** 2 for row in records)) / n,
-        stderr_test=float(np.mean([_number(row, "stderr_test") for row in records])),
+        stderr_test=math.sqrt(float(np.square(errors).sum())) / n if simulated else float(errors.mean()),
         n_observations=tuple(sorted({int(row["n_observations"] or 0) for row in records})),
         settings=tuple(row["settings"] or "{}" for row in records),
         bits_per_dim=float(np.mean([_number(row, "bits_per_dim") for row in records])),

@@ -25,10 +25,12 @@ def short(table: Table, evaluator: str) -> str:
     return one_line(bare, 11) if alone else one_line(evaluator, 24)
 
 
-def number(value: float, error: float, sign: str = "") -> str:
-    """A value with as many decimals as two digits of its error need."""
-    places = min(4, max(0, 1 - math.floor(math.log10(error)))) if math.isfinite(error) and error > 0 else 3
-    return f"{value:{sign}.{places}f}" + (f" ± {error:.2g}" if math.isfinite(error) else "")
+def number(value: float, error: float) -> str:
+    """A value with its error, to two digits of the error."""
+    if not math.isfinite(error) or error <= 0:
+        return f"{value:.3g}"
+    places = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{places}f} ± {error:.{places}f}"
 
 
 # Certificates
@@ -53,7 +55,7 @@ def of_certificate(row: MethodRow, evaluator: str) -> list[str]:
     if not row.distrusts(evaluator):
         return []
     found = row.certificates[evaluator]
-    gap = number(found.gap.value, gap_error(found.gap.stderr, found.gap.stderr_test))
+    gap = number(found.gap.value, gap_error(found.gap))
     threshold = min(found.thresholds[seed] for seed in found.untrusted)
     what = f"{DOUBTED} {one_line(row.label)}: log p(x) by {one_line(evaluator)} is untrusted and not ranked"
     over = f"over the threshold of {threshold:g} ({seed_list(found.untrusted)})"
@@ -93,7 +95,7 @@ def _certification(table: Table) -> Iterator[str]:
                 why = [f" ({i.status}: {one_line(i.reason)})" for i in row.issues if i.evaluator.startswith("bdmc")]
                 yield f"{label}: {one_line(evaluator)} is not certified, no BDMC gap was measured{''.join(why[:1])}"
         for gap in gaps:
-            if gap.value < -DISAGREEMENT * gap_error(gap.stderr, gap.stderr_test):
+            if gap.value < -DISAGREEMENT * gap_error(gap):
                 yield f"{label}: the upper bound of {one_line(gap.evaluator)} is below its lower bound: a fault"
 
 
@@ -158,11 +160,11 @@ def _tails(table: Table) -> list[str]:
         return []
     names = ", ".join(sorted({one_line(name) for (_, name), share in shares(table).items() if share > 0}))
     part = f"Pareto k-hat of the weights is above 0.7 for a part of the observations ({', '.join(heavy)})"
-    return [f"{part}: the standard errors of {names} are not to be believed there, and the bound is loose"]
+    return [f"{part}: the standard errors of {names} are not to be believed there, and the bound may be loose"]
 
 
 def about_trust(table: Table, pairs: Sequence[Pair]) -> list[str]:
-    told = ["log p(x), trusted or not: differences of estimators are paired over what both scored, ± their errors"]
+    told = ["one estimator less another: paired over the fits and observations that both scored, ± both their errors"]
     if any(estimate.metric == GAP for row in table.rows for estimate in row.estimates):
         told.append(
             "BDMC gap: upper less lower bound on log p(x). It certifies the settings on observations simulated from "

@@ -43,6 +43,7 @@ class Source(Protocol):
     def examples(self) -> pd.DataFrame: ...
     def curve(self, job_id: str) -> pd.DataFrame: ...
     def gallery(self, job_id: str) -> Mapping[str, np.ndarray]: ...
+    def traces(self, job_id: str, evaluator: str, metric: str) -> Mapping[str, np.ndarray]: ...
 
 
 def colours(tables: Sequence[Table]) -> dict[str, str]:
@@ -145,20 +146,30 @@ def _vertical_range(found: Sequence[Array]) -> tuple[float, float]:
 
 
 def differences(table: Table, colour: Mapping[str, str]) -> Figure | None:
-    """Log-likelihood less that of the first row: mean, standard error, margin of noise, and a mark for each seed."""
+    """Log-likelihood less that of the first row: mean, standard error, margin of noise, and a mark for each seed.
+
+    A difference is ranked if the line of its margin keeps clear of the certificate's gap around zero.
+    """
     rows = [row for row in table.rows if row.difference]
     if not rows:
         return None
     figure = Figure(figsize=(7.5, 1.3 + 0.45 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     axes.axvline(0, color="0.3", linewidth=1)
+    first = table.rows[0]
+    reach = [table.reach(row, first) for row in rows]
     for position, row in enumerate(rows):
         _draw_difference(axes, position, cast(Difference, row.difference), colour[row.label])
-    axes.set_yticks(range(len(rows)), [plain(row.label) for row in rows])
+        if math.isfinite(reach[position]):
+            height = [position - 0.4, position + 0.4]
+            axes.fill_betweenx(height, -reach[position], reach[position], color="0.85", linewidth=0, zorder=0)
+    doubted = [" (untrusted)" if row.untrusted or first.untrusted else "" for row in rows]
+    axes.set_yticks(range(len(rows)), [plain(row.label) + doubt for row, doubt in zip(rows, doubted, strict=True)])
     axes.set_ylim(len(rows) - 0.5, -0.5)
+    bias = "; grey: the BDMC gap with its error" if any(reach) else ""
     axes.set_xlabel(
-        f"log p(x) less that of {plain(table.rows[0].label)} [nats per observation, right is better]\n"
-        "thick: standard error; thin: within the noise if it reaches zero; crosses: seeds"
+        f"log p(x) less that of {plain(first.label)} [nats per observation, right is better]\n"
+        f"thick: standard error; thin: within the noise if it reaches zero; crosses: seeds{bias}"
     )
     tidy(axes)
     return figure

@@ -26,9 +26,14 @@ _SPECIAL = re.compile(r"([\\`*_\[\]|~$])")
 _BLOCK = re.compile(r"^([-+#]|\d+(?=[.)]))")
 _NO_BLOCK = "\u200b\\1"  # a zero-width space: text that starts like a list or a heading is none
 _CAPTIONS = {
-    "differences": "Paired log-likelihood differences to the first row; noise where the thin line reaches zero.",
+    "differences": "Paired log-likelihood differences to the first row; noise where the thin line reaches zero, and "
+    "not ranked where it reaches the certified gap (grey, if there is one).",
     "curves": "Objective on the validation split. Objectives of different methods are not the same quantity: "
     "an adversarial one is a density ratio and no bound (dashed).",
+    "annealing": "Annealing: running estimate of log p(x) over the test observations (box: quartiles and median, "
+    "whiskers: 5 % and 95 %, line: mean) as the inverse temperature rises, and how many proposals were accepted.",
+    "importance": "Lower bound on log p(x) from K importance draws, the mean over the observations that all estimators "
+    "have scored. Level lines: what the other estimators say of the same observations.",
     "latent": "Draws of the aggregate posterior over test observations, coloured by class or data point.",
     "samples": "E[x|z] for draws of z from the prior.",
     "reconstructions": "Test observations, and E[x|z] for one draw of z from each posterior.",
@@ -85,7 +90,8 @@ def escape(text: str, longest: int = cells.LONGEST_REASON) -> str:
 
 
 def _bullets(lines: Iterable[str]) -> list[str]:
-    return ["", *(f"- {_BLOCK.sub(_NO_BLOCK, escape(line))}" for line in lines)]
+    shown = [f"- {_BLOCK.sub(_NO_BLOCK, escape(line))}" for line in lines]
+    return ["", *shown] if shown else []
 
 
 def _grid(header: Sequence[str], lines: Iterable[Sequence[str]], numeric_from: int = 1) -> list[str]:
@@ -142,13 +148,15 @@ def _panel(panel: Panel) -> list[str]:
     """A table below the main one: each number with its errors in turn."""
     lines = [[escape(label), *(_entry(entry) for entry in entries)] for label, entries in panel.lines]
     header = ["method", *(escape(column.replace("-\n", "").replace("\n", " ")) for column in panel.columns)]
-    return ["", f"### {escape(panel.title)}", *_grid(header, lines), *(_bullets(panel.notes) if panel.notes else [])]
+    return ["", f"### {escape(panel.title)}", *_grid(header, lines), *_bullets(panel.notes)]
 
 
 def _entry(entry: Entry) -> str:
-    known = " / ".join(error or "?" for error in entry.errors) if any(entry.errors) else ""
+    known = list(filter(None, entry.errors))
+    if len(known) > 1:
+        known = [error or "?" for error in entry.errors]
     flags = [f"({FLAGS[flag]})" for flag in entry.flags]
-    texts = (entry.mark, entry.number, f"± {known}" if known else "", *flags)
+    texts = (entry.mark, entry.number, f"± {' / '.join(known)}" if known else "", *flags)
     return " ".join(escape(text) for text in texts if text)
 
 
@@ -231,13 +239,15 @@ def _assignments(config: str) -> str:
 
 def _figures(table: Table, store: Source, built: Sequence[Table], folder: Path, name: str) -> dict[str, str]:
     """Draw what there is to draw; returns the path of each figure, relative to the report."""
-    from harness.report import figures, images  # matplotlib, slow to import
+    from harness.report import convergence, figures, images  # matplotlib, slow to import
 
     colour = figures.colours(built)
     shown = images.galleries(table, store)
     drawn = {
         "differences": figures.differences(table, colour),
         "curves": figures.curves(table, store, colour),
+        "annealing": convergence.annealing(table, store, colour),
+        "importance": convergence.importance(table, store, colour),
         "latent": images.latent(shown),
         "samples": images.samples(shown),
         "reconstructions": images.reconstructions(shown),

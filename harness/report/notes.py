@@ -34,7 +34,10 @@ def legend(built: Sequence[Table]) -> list[str]:
     if any(row.difference and row.difference.one_seed for row in rows):
         lines.append(f"{ONE_SEED} one seed: the spread over seeds is unknown, not in the error, and nothing is ranked")
     if any(any(entry.errors) for panel in below for _, entries in panel.lines for entry in entries):
-        lines.append("± over seeds: standard deviation; ± estimator, ± over x (the observations): standard errors")
+        lines.append(
+            "tables below the first: ± over seeds (standard deviation) / of the estimator / over x, the observations "
+            "(standard errors)"
+        )
     lines += dict.fromkeys(line for panel in below for line in panel.about)
     if any(row.untrusted for row in rows):
         lines.append(f"{DOUBTED} untrusted: the BDMC gap is over its threshold; never ranked")

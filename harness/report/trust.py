@@ -89,15 +89,15 @@ def _certificate(estimates: Mapping[int, Row], gaps: Sequence[Row]) -> Certifica
             matching.setdefault(seed, gap)
     if not matching:
         return None
-    thresholds = {seed: settings(gap["settings"]).get("threshold", math.inf) for seed, gap in matching.items()}
     missing = sorted(estimates.keys() - matching.keys())
-    ordered = [matching[seed] for seed in sorted(matching)]
+    seeds = sorted(matching)
+    gap = statistics.over_seeds([matching[seed] for seed in seeds])
     return Certificate(
-        gap=statistics.over_seeds(ordered),
-        gaps={int(gap["seed"]): float(gap["value"]) for gap in ordered},
-        thresholds=thresholds,
+        gap=gap,
+        gaps={seed: float(matching[seed]["value"]) for seed in seeds},
+        thresholds={seed: settings(matching[seed]["settings"]).get("threshold", math.inf) for seed in seeds},
         missing=missing,
-        reach=math.inf if missing else _reach(ordered),
+        reach=math.inf if missing else max(0.0, gap.value) + student(gap.n_observations[0]) * gap_error(gap),
     )
 
 
@@ -109,17 +109,9 @@ def differing(estimated: str, certified: str) -> dict[str, tuple[Any, Any]]:
     return {name: (first.get(name), second.get(name)) for name in KERNELS if first.get(name) != second.get(name)}
 
 
-def _reach(gaps: Sequence[Row]) -> float:
-    """Mean gap over seeds, which are independent, and two standard errors of it, as many as few observations need."""
-    value = sum(float(row["value"]) for row in gaps) / len(gaps)
-    errors = [gap_error(row["stderr"], row["stderr_test"]) for row in gaps]
-    factor = student(min(int(row["n_observations"] or 0) for row in gaps))
-    return max(0.0, value) + factor * math.hypot(*errors) / len(gaps)
-
-
-def gap_error(stderr: float | None, stderr_test: float | None) -> float:
+def gap_error(gap: Estimate) -> float:
     """The spread over simulated observations contains the chains' noise; infinite where either is unknown."""
-    known = [error for error in (stderr, stderr_test) if error is not None and math.isfinite(error)]
+    known = [error for error in (gap.stderr, gap.stderr_test) if math.isfinite(error)]
     return max(known) if len(known) == 2 else math.inf
 
 

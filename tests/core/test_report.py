@@ -64,6 +64,9 @@ class FakeStore:
     def gallery(self, job_id: str) -> dict[str, np.ndarray]:
         return self.galleries.get(job_id, {})
 
+    def traces(self, job_id: str, evaluator: str, metric: str) -> dict[str, np.ndarray]:
+        return {}
+
     def job(self, method: str, seed: int, config: Mapping[str, Any] | None = None, **columns: Any) -> dict[str, Any]:
         """The facts of a job; nothing is added yet."""
         started = len({fact["job_id"] for fact in self.facts})

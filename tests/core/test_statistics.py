@@ -160,6 +160,63 @@ def test_excess_over_log_likelihood_needs_more_than_two_errors() -> None:
     assert not statistics.excess(Values(index + 1000, truth.value + 9, zeros), truth)  # nothing in common
 
 
+# Estimators of one quantity
+
+
+def test_agreement_by_hand() -> None:
+    """d = [[1, 2], [3, 6]] with errors 0.3 and 0.4: its mean is 3, its error 0.5 over the root of four values."""
+    found = statistics.agreement(
+        of_seeds(np.array([[1.0, 2], [3, 6]]), stderr=0.3), of_seeds(np.zeros((2, 2)), stderr=0.4)
+    )
+    assert found is not None
+    assert (found.value, found.seeds, found.n_observations) == (3.0, 2, 2)
+    assert found.stderr == pytest.approx(0.25)
+    assert found.above
+
+
+def test_agreement_is_over_what_both_scored() -> None:
+    """The first estimator scored the hard observations only: the means differ by 20 nats, the values by 0.1."""
+    truth = np.linspace(0, -40, 100)
+    easy_and_hard = Values(np.arange(100), truth, np.zeros(100))
+    hard = Values(np.arange(50, 100), truth[50:] + 0.1, np.full(50, 0.01))
+    found = statistics.agreement({0: hard, 1: hard}, {0: easy_and_hard, 2: easy_and_hard})
+    assert found is not None
+    assert (found.seeds, found.n_observations) == (1, 50)
+    assert found.value == pytest.approx(0.1)
+    assert statistics.agreement({0: hard}, {0: easy_and_hard.at(np.arange(50))}) is None
+    assert statistics.agreement({0: hard}, {1: hard}) is None
+
+
+def test_disagreement_needs_more_than_three_errors_and_rounding() -> None:
+    index = np.arange(100)
+
+    def disagree(by: float, stderr: float) -> bool:
+        first = Values(index, np.full(100, by - 90), np.full(100, stderr))
+        found = statistics.agreement({0: first}, {0: Values(index, np.full(100, -90.0), np.zeros(100))})
+        assert found is not None
+        assert found.above == (found.disagree and by > 0)
+        return found.disagree
+
+    assert disagree(0.35, 1.0)  # the mean's error is 0.1
+    assert disagree(-0.35, 1.0)
+    assert not disagree(0.25, 1.0)
+    assert not disagree(1e-4, 0.0)  # sums in float32
+    assert disagree(0.01, 0.0)
+
+
+def test_estimators_that_are_right_rarely_disagree() -> None:
+    """Three errors of a normal distribution: 0.27 % of 2,000 pairs; tolerance: four errors of that proportion."""
+    random = np.random.default_rng(0)
+    found = 0
+    for _ in range(2000):
+        noise = random.standard_normal((2, 3, 10))
+        agreement = statistics.agreement(of_seeds(noise[0], 1.0), of_seeds(2 * noise[1], 2.0))
+        assert agreement is not None
+        found += agreement.disagree
+    expected = math.erfc(3 / math.sqrt(2))
+    assert abs(found / 2000 - expected) < 4 * math.sqrt(expected / 2000)
+
+
 # Records
 
 
@@ -187,6 +244,8 @@ def test_errors_over_seeds() -> None:
     assert found.stderr == pytest.approx(0.1)
     assert found.stderr_test == pytest.approx(0.5)
     assert math.isnan(estimate().spread)
+    simulated = statistics.over_seeds([record(seed=i, value=-1.0, split="simulated") for i in range(4)])
+    assert simulated.stderr_test == pytest.approx(0.25)  # every seed has observations of its own
 
 
 def test_missing_values_are_none_whatever_pandas_calls_them() -> None:
@@ -224,6 +283,60 @@ def test_one_estimator_for_all_methods(methods: list[list[str]], chosen: str | N
     found = [[estimate(evaluator=name, kind=kinds[name]) for name in names] for names in methods]
     assert statistics.log_likelihood_estimator(found) == chosen
     assert statistics.log_likelihood_estimator(found[::-1]) == chosen
+
+
+@pytest.mark.parametrize(
+    ("gaps", "looser", "chosen"),
+    [
+        ({}, [], "importance"),  # neither is certified: the one with more observations
+        ({"ais": 0.1}, [], "ais"),
+        ({"ais": 7.0}, [], "ais"),  # untrusted, and marked so; the other one is not better for having no certificate
+        ({"ais": 0.1}, ["ais"], "ais"),
+        ({}, ["importance"], "ais"),
+        ({"ais": 0.2, "ais[temperatures=9]": 0.1}, [], "ais[temperatures=9]"),
+    ],
+)
+def test_tightest_estimator_that_can_be_trusted(gaps: dict[str, float], looser: list[str], chosen: str) -> None:
+    bound = {"kind": "stochastic lower bound", "stderr": 0.01}
+    annealed = [estimate(evaluator=name, n_observations=100, **bound) for name in ("ais", "ais[temperatures=9]")]
+    methods = [[*annealed, estimate(evaluator="importance", n_observations=1000, **bound)]] * 2
+    assert statistics.log_likelihood_estimator(methods, gaps, looser) == chosen
+    with_exact = [[*method, estimate(evaluator="exact")] for method in methods]
+    assert statistics.log_likelihood_estimator(with_exact, gaps, looser) == "exact"
+    assert statistics.log_likelihood_estimator([with_exact[0], methods[1]], gaps, looser) == chosen
+    simulated = [[*method, estimate(evaluator="other", split="simulated")] for method in methods]
+    assert statistics.log_likelihood_estimator(simulated, gaps, looser) == chosen
+
+
+def test_certificate_does_not_outweigh_a_missing_seed() -> None:
+    bound = {"kind": "stochastic lower bound", "stderr": 0.01}
+    three = statistics.over_seeds([record(evaluator="importance", seed=seed, **bound) for seed in range(3)])
+    assert (
+        statistics.log_likelihood_estimator([[estimate(evaluator="ais", **bound), three]], {"ais": 0.1}) == "importance"
+    )
+
+
+def test_upper_bound_on_an_elbo_is_never_shown() -> None:
+    upper = estimate(metric="elbo", evaluator="implicit", kind="stochastic upper bound")
+    ratio = estimate(metric="adversarial_elbo", evaluator="implicit", kind="density ratio")
+    simulated = estimate(metric="elbo", evaluator="other", kind="unbiased", split="simulated")
+    names = ("elbo", "adversarial_elbo")
+    assert statistics.choose([upper, simulated], names) is None
+    assert statistics.choose([upper, ratio], names) is ratio
+    own = estimate(metric="adversarial_elbo", evaluator="adversary", kind="density ratio")
+    assert statistics.choose([upper, ratio, own], names) is own
+
+
+def test_second_opinion_is_shown_only_where_there_is_no_first() -> None:
+    """Whatever its kind, its seeds and its name: a method's row does not change when somebody checks it."""
+    first = estimate(metric="kl_to_prior", evaluator="zebra", kind="density ratio")
+    seeds = [
+        record(metric="kl_to_prior", evaluator="implicit[steps=9]", kind="stochastic lower bound", seed=s)
+        for s in range(3)
+    ]
+    second = statistics.over_seeds(seeds)
+    assert statistics.choose([second, first], ("kl_to_prior",)) is first
+    assert statistics.choose([second], ("kl_to_prior",)) is second
 
 
 def test_density_ratio_is_shown_only_where_there_is_nothing_else() -> None:
