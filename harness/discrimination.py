@@ -20,9 +20,12 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from harness.estimators import StreamedLogMeanExp, StreamedMean, observation_blocks, posterior_moments, sample_blocks
+from harness.evaluator import EvaluationRun
+from harness.method import Fit
 from harness.model import LatentModel, log_normal
 from harness.nn import ResidualPairTrunk, linear
 from harness.posterior import Posterior
+from harness.seeding import Streams
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +76,9 @@ class Contrast:
 class Discriminator(nn.Module):
     """T: observations (N, *E) and standardised latents u (S, N, D) -> (S, N), nats; zero before it is trained.
 
+    It sees u with all its products u_i u_j: ratios of densities are often quadratic where the draws thin out, which a
+    piecewise linear network would have to learn from those few.
+
     Args:
         contrast: The observations that it is for; it sees them centred and scaled, with the moments of r.
     """
@@ -86,17 +92,23 @@ class Discriminator(nn.Module):
         scale = facts.std(0, correction=0)
         self.register_buffer("location", facts.mean(0))
         self.register_buffer("scale", torch.where(scale > 0, scale, torch.ones_like(scale)))
-        latent_dim = contrast.mean.shape[1]
-        self.trunk = ResidualPairTrunk(facts.shape[1], latent_dim, width, blocks, "leaky-relu", centre=False)
+        features = _quadratic(contrast.mean).shape[1]
+        self.trunk = ResidualPairTrunk(facts.shape[1], features, width, blocks, "leaky-relu", centre=False)
         self.head = linear(width, 1, zero=True)
         self.to(facts)
 
     def forward(self, at: Contrast, u: Tensor) -> Tensor:
-        return self.head(self.trunk((_facts(at) - self.location) / self.scale, u)).squeeze(-1)
+        return self.head(self.trunk((_facts(at) - self.location) / self.scale, _quadratic(u))).squeeze(-1)
 
 
 def _facts(contrast: Contrast) -> Tensor:
     return torch.cat([contrast.x.flatten(1), contrast.mean, contrast.sd.log()], dim=1)
+
+
+def _quadratic(u: Tensor) -> Tensor:
+    """u and its products less their mean under r: (..., D) -> (..., D + D (D + 1) / 2)."""
+    i, j = torch.triu_indices(u.shape[-1], u.shape[-1], device=u.device)
+    return torch.cat([u, u[..., i] * u[..., j] - (i == j).to(u.dtype)], dim=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,3 +240,74 @@ def _estimate_block(
         value, stderr = estimates[name]
         estimates[name] = (value + sign * (1 - weights.value()), torch.hypot(stderr, weights.stderr()))
     return estimates
+
+
+# What evaluators share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """Settings of the check of a posterior by a fresh discriminator.
+
+    Args:
+        observations: How many of the fixed scored test observations.
+        samples: Draws of z per observation for each of the expectations.
+        moment_samples: Draws per observation for q's moments, which standardise it.
+        steps, batch_size, lr: See `Training`.
+        width, blocks: Size of the discriminator.
+    """
+
+    observations: int = 100
+    samples: int = 500
+    moment_samples: int = 1000
+    steps: int = 600
+    batch_size: int = 128
+    lr: float = 1e-3
+    width: int = 512
+    blocks: int = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """What a check found.
+
+    Args:
+        means: See `estimate`.
+        losses: Of the discriminator's training, shape (steps,).
+    """
+
+    contrast: Contrast
+    means: Mapping[str, tuple[Tensor, Tensor]]
+    losses: Tensor
+
+    def settings(self, check: Check) -> dict[str, float]:
+        """Settings and diagnostics for a record."""
+        names = ("samples", "steps", "batch_size", "width", "blocks")
+        late = self.losses[-max(1, check.steps // 20) :]
+        return {**{name: getattr(check, name) for name in names}, "loss": float(late.mean())}
+
+
+def checked(
+    fit: Fit, check: Check, run: EvaluationRun, told: Callable[[float, float], None] = lambda fraction, loss: None
+) -> Checked:
+    """Train a discriminator on the scored observations and measure with it; once for all evaluators of a fit.
+
+    Args:
+        told: The part of the training that is done, and the mean loss of late.
+    """
+    return run.once(("discriminated", check), lambda: _checked(fit, check, run, told))
+
+
+def _checked(fit: Fit, check: Check, run: EvaluationRun, told: Callable[[float, float], None]) -> Checked:
+    def stream(purpose: str) -> torch.Generator:
+        return run.generator("implicit", purpose)
+
+    x, _ = run.data.scored(check.observations)
+    contrast = Contrast.of(fit.posterior, x, check.moment_samples, stream("moments"))
+    weights = Streams(run.seed, run.problem.label, "evaluator implicit", run.device)
+    with weights.initial_weights(shared=False):
+        discriminator = Discriminator(contrast, check.width, check.blocks)
+    training = Training(steps=check.steps, batch_size=check.batch_size, lr=check.lr)
+    losses = train(discriminator, fit.posterior, contrast, training, stream("training"), told)
+    means = estimate(fit.model, fit.posterior, discriminator, contrast, check.samples, stream)
+    return Checked(contrast, means, losses)

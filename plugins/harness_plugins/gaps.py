@@ -8,29 +8,35 @@ Duvenaud 2018, Eq. 5, https://arxiv.org/abs/1801.03558
 
 What is found in the place of q* is at best q* itself, and AIS errs low, so that
 
-================== ============================ =============================
-log p(x)           closed form                  AIS: a stochastic lower bound
-================== ============================ =============================
+================== ============================ ================================================
+log p(x)           in closed form               by AIS, a stochastic lower bound
+================== ============================ ================================================
 approximation gap  stochastic upper bound       consistent: its parts err in opposite directions
 amortisation gap   stochastic lower bound       stochastic lower bound
 sum                unbiased                     stochastic lower bound
-================== ============================ =============================
+================== ============================ ================================================
+
+An implicit posterior has the sum alone, with the stochastic upper bound on its ELBO that `implicit` gives: whatever
+log p(x) is, a stochastic lower bound.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Annotated, Any, ClassVar
 
+import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.optim.lr_scheduler import LinearLR
 from torch.optim.swa_utils import AveragedModel
 
-from harness import hookimpl
+from harness import discrimination, hookimpl
 from harness.annealing import AnnealedEvaluator
 from harness.estimators import observation_blocks, posterior_means, sample_blocks
 from harness.evaluator import EvaluationRun, Kind, Measurement
@@ -39,7 +45,8 @@ from harness.model import HasClosedForm, LatentModel
 from harness.posterior import HasDensity, HasLocalFamily, LocalFamily
 from harness.problem import Problem
 
-NO_DENSITY = "posterior has no density, and so no ELBO that log p(x) could be compared with"
+FRESH = discrimination.Check()
+"""An implicit posterior is checked as `implicit` does it by default."""
 
 Means = Mapping[str, tuple[Tensor, Tensor]]
 """By name, means and standard errors per observation, both of shape (N,), float64."""
@@ -47,31 +54,34 @@ Means = Mapping[str, tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class LogLikelihood:
-    """log p(x), with its standard error, both of shape (N,), and what follows from where it comes from."""
+    """log p(x), with its standard error, both of shape (N,), and where it comes from."""
 
     value: Tensor
     stderr: Tensor
+    exact: bool
     settings: Mapping[str, Any]
-    kinds: Mapping[str, Kind]
 
 
-CLOSED_FORM: Mapping[str, Kind] = {
-    "approximation_gap": "stochastic upper bound",
-    "amortisation_gap": "stochastic lower bound",
-    "kl_to_posterior": "unbiased",
-}
-ANNEALED: Mapping[str, Kind] = {
-    "approximation_gap": "consistent",
-    "amortisation_gap": "stochastic lower bound",
-    "kl_to_posterior": "stochastic lower bound",
-}
+@dataclass(frozen=True, eq=False)
+class ELBOs:
+    """ELBOs of a posterior, and where they come from.
+
+    Args:
+        means: ``amortised``, and where there is a local family ``optimised`` and ``difference``.
+        upper: The amortised one is a stochastic upper bound, else it is unbiased.
+    """
+
+    means: Means
+    settings: Mapping[str, Any]
+    traces: Mapping[str, np.ndarray] = field(default_factory=dict)
+    upper: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gaps(AnnealedEvaluator):
     """`approximation_gap`, `amortisation_gap` and `kl_to_posterior`, their sum, nats.
 
-    Posteriors whose family is not known have the sum alone. log p(x) is taken in closed form where the model has one,
+    Posteriors without a local family have the sum alone. log p(x) is taken in closed form where the model has one,
     else from annealed importance sampling: the settings besides those below are its own, and the same run serves `ais`.
 
     Args:
@@ -81,6 +91,8 @@ class Gaps(AnnealedEvaluator):
         evaluation_samples: Draws per observation of either ELBO, and as many for the choice between the two.
     """
 
+    modules: ClassVar[tuple[ModuleType, ...]] = (*AnnealedEvaluator.modules, discrimination)
+
     name: str = "gaps"
     steps: Annotated[int, Field(ge=2)] = 500
     samples: PositiveInt = 20
@@ -88,37 +100,34 @@ class Gaps(AnnealedEvaluator):
     evaluation_samples: Annotated[int, Field(ge=2)] = 1000
 
     def undefined(self, fit: Fit, problem: Problem) -> str | None:
-        if not isinstance(fit.posterior, HasDensity | HasLocalFamily):
-            return NO_DENSITY
         return None if isinstance(fit.model, HasClosedForm) else self.unstartable(fit)
 
     def measure(self, fit: Fit, problem: Problem, run: EvaluationRun) -> list[Measurement]:
         x, indices = run.data.scored(self.observations)
-        settings: dict[str, Any] = {"evaluation_samples": self.evaluation_samples}
         if isinstance(fit.posterior, HasLocalFamily):
-            means, trace, kept = self._optimised(fit.model, fit.posterior, x, run)
-            settings |= {"steps": self.steps, "samples": self.samples, "lr": self.lr}
-            settings |= {"kept_amortised": kept, "rise_at_end": _rise_at_end(trace)}
-            traces = {"optimisation": trace.cpu().numpy()}
+            elbos = self._optimised(fit.model, fit.posterior, x, run)
+        elif isinstance(fit.posterior, HasDensity):
+            elbos = self._amortised(fit.model, fit.posterior, x, run)
         else:
-            means, traces = self._amortised(fit, x, run), {}
+            elbos = self._bounded(fit, run)
         log_p = self._log_likelihood(fit, x, run)
+        kinds, settings = _kinds(log_p, elbos), {**elbos.settings, **log_p.settings}
         return [
             run.measurement(
                 metric,
                 *values,
-                log_p.kinds[metric],
+                kinds[metric],
                 indices,
-                settings={**settings, **log_p.settings},
-                traces=traces if metric == "amortisation_gap" else {},
+                settings=settings,
+                traces=elbos.traces if metric == "amortisation_gap" else {},
             )
-            for metric, values in _gaps(log_p, means).items()
+            for metric, values in _gaps(log_p, elbos.means).items()
         ]
 
     def _log_likelihood(self, fit: Fit, x: Tensor, run: EvaluationRun) -> LogLikelihood:
         if isinstance(fit.model, HasClosedForm):
-            exact = fit.model.log_evidence(x).double()
-            return LogLikelihood(exact, torch.zeros_like(exact), {"log_likelihood": "closed form"}, CLOSED_FORM)
+            log_p = fit.model.log_evidence(x).double()
+            return LogLikelihood(log_p, torch.zeros_like(log_p), True, {"log_likelihood": "closed form"})
 
         def told(part: float, acceptance: float, running: float) -> None:
             run.progress(0.5 + part / 2, f"acceptance {acceptance:.2f}, log p(x) so far {running:.2f}")
@@ -126,29 +135,34 @@ class Gaps(AnnealedEvaluator):
         weights = self.annealed(fit, run, told)
         estimate = weights.estimate()
         settings = {"log_likelihood": "annealed importance sampling", **self.settings(), **weights.diagnostics()}
-        return LogLikelihood(estimate.value(), estimate.stderr(), settings, ANNEALED)
+        return LogLikelihood(estimate.value(), estimate.stderr(), False, settings)
 
-    def _amortised(self, fit: Fit, x: Tensor, run: EvaluationRun) -> Means:
+    def _bounded(self, fit: Fit, run: EvaluationRun) -> ELBOs:
+        """The bound on the ELBO of a posterior that can only be sampled."""
+
+        def told(part: float, loss: float) -> None:
+            run.progress(part / 2, f"discriminator's loss {loss:.4f}")
+
+        check = dataclasses.replace(FRESH, observations=self.observations)
+        found = discrimination.checked(fit, check, run, told)
+        settings = {**found.settings(check), "elbo": "NWJ, from a Gaussian with the moments of q"}
+        return ELBOs({"amortised": found.means["elbo_bound"]}, settings, upper=True)
+
+    def _amortised(self, model: LatentModel, posterior: HasDensity, x: Tensor, run: EvaluationRun) -> ELBOs:
         """The ELBO of a posterior whose density is known."""
-        posterior, stream = fit.posterior, run.generator(self.name, "evaluation")
-        if not isinstance(posterior, HasDensity):
-            raise TypeError(NO_DENSITY)
+        stream = run.generator(self.name, "evaluation")
 
         def terms(x: Tensor, n: int) -> Mapping[str, Tensor]:
             z, log_q = posterior.sample_and_log_prob(x, n, stream)
-            return {"amortised": fit.model.log_joint(x, z) - log_q}
+            return {"amortised": model.log_joint(x, z) - log_q}
 
-        return posterior_means(x, self.evaluation_samples, terms)
+        settings = {"evaluation_samples": self.evaluation_samples}
+        return ELBOs(posterior_means(x, self.evaluation_samples, terms), settings)
 
-    def _optimised(
-        self, model: LatentModel, posterior: HasLocalFamily, x: Tensor, run: EvaluationRun
-    ) -> tuple[Means, Tensor, float]:
-        """Both ELBOs and their difference; the mean ELBO of each step (steps,); how often the amortised q was kept."""
-        blocks, streams = (
-            observation_blocks(x),
-            {name: _Twins(run, self.name, name) for name in ("choice", "evaluation")},
-        )
-        noise = run.generator(self.name, "optimisation")
+    def _optimised(self, model: LatentModel, posterior: HasLocalFamily, x: Tensor, run: EvaluationRun) -> ELBOs:
+        """The ELBOs of a posterior and of the best members of its family, with common noise."""
+        blocks, noise = observation_blocks(x), run.generator(self.name, "optimisation")
+        choosing, evaluating = (_Twins(run, self.name, purpose) for purpose in ("choice", "evaluation"))
         means: list[Means] = []
         trace, kept = torch.zeros(self.steps, dtype=torch.float64, device=x.device), 0
         for i, block in enumerate(blocks):
@@ -158,13 +172,21 @@ class Gaps(AnnealedEvaluator):
 
             start = posterior.local(block)
             best, elbos = optimised(model, block, start, self.steps, self.samples, self.lr, noise, told)
-            choice = elbos_of(model, block, start, best, self.evaluation_samples, streams["choice"])
+            choice = elbos_of(model, block, start, best, self.evaluation_samples, choosing)
             worse = ~(choice["difference"][0] > 0)  # one that is not a number is worse too
             _restore(best, start, worse)
-            means.append(elbos_of(model, block, start, best, self.evaluation_samples, streams["evaluation"]))
+            means.append(elbos_of(model, block, start, best, self.evaluation_samples, evaluating))
             trace += elbos * (len(block) / len(x))
             kept += int(worse.sum())
-        return _joined(means), trace, kept / len(x)
+        settings = {
+            "evaluation_samples": self.evaluation_samples,
+            "steps": self.steps,
+            "samples": self.samples,
+            "lr": self.lr,
+            "kept_amortised": kept / len(x),
+            "rise_at_end": _rise_at_end(trace),
+        }
+        return ELBOs(_joined(means), settings, {"optimisation": trace.cpu().numpy()})
 
 
 class _Twins:
@@ -243,6 +265,16 @@ def _joined(blocks: list[Means]) -> Means:
     return {
         name: (torch.cat([block[name][0] for block in blocks]), torch.cat([block[name][1] for block in blocks]))
         for name in blocks[0]
+    }
+
+
+def _kinds(log_p: LogLikelihood, elbos: ELBOs) -> dict[str, Kind]:
+    """See the table above."""
+    unbiased = log_p.exact and not elbos.upper
+    return {
+        "approximation_gap": "stochastic upper bound" if log_p.exact else "consistent",
+        "amortisation_gap": "stochastic lower bound",
+        "kl_to_posterior": "unbiased" if unbiased else "stochastic lower bound",
     }
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, kl_divergence
 
 import harness
+from harness import discrimination
 from harness.evaluator import EvaluationRun, Measurement
 from harness.method import Fit
 from harness.posterior import HasLocalFamily, LocalFamily, LocalGaussian, Posterior
@@ -232,7 +233,51 @@ def test_the_amortised_posterior_and_the_model_are_left_alone() -> None:
     assert all(parameter.grad is None for parameter in fit.model.parameters())
 
 
-def test_an_implicit_posterior_is_skipped_with_a_reason(oracle) -> None:
-    assert "no density" in (Gaps().undefined(oracle.fit(oracle.implicit()), oracle.problem) or "")
-    assert Gaps().undefined(oracle.fit(oracle.mean_field()), oracle.problem) is None
+class Hidden(Posterior):
+    """Another posterior, of which only the draws are known."""
+
+    def __init__(self, own: Posterior) -> None:
+        self.own = own
+
+    def sample(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        return self.own.sample(x, n, generator)
+
+
+def uniform_kl(oracle) -> Tensor:
+    """KL(q || p(z|x)) of the oracle's implicit posterior: uniform, with the exact covariance, 0.1 off in each axis."""
+    mean, covariance = oracle.model.exact_posterior(oracle.x)
+    d = mean.shape[1]
+    shift = torch.full((d,), 0.1, dtype=covariance.dtype)
+    distance = shift @ torch.linalg.solve(covariance, shift)
+    return (0.5 * d * np.log(2 * np.pi * np.e / 12) + 0.5 * distance).expand(len(mean))
+
+
+@pytest.mark.parametrize("kind", ["Gaussian", "uniform"])
+def test_an_implicit_posterior_has_a_lower_bound_on_the_sum(oracle_of, kind: str, monkeypatch) -> None:
+    oracle = oracle_of(n_test=64)
+    small = discrimination.Check(steps=60, width=32, blocks=1, samples=400)
+    monkeypatch.setattr("harness_plugins.gaps.FRESH", small)
+    gaussian = posterior_of(oracle, 0.7)
+    posterior = Hidden(gaussian) if kind == "Gaussian" else oracle.implicit()
+    found = measure(oracle, posterior)
+    assert list(found) == ["kl_to_posterior"]
+    kl, truth = found["kl_to_posterior"], (true_kl(oracle, gaussian) if kind == "Gaussian" else uniform_kl(oracle))
+    assert kl.kind == "stochastic lower bound"  # although log p(x) is exact: the ELBO is an upper bound
+    assert kl.settings["log_likelihood"] == "closed form"
+    assert kl.settings["steps"] == 60
+    # A lower bound, four standard errors; and for a Gaussian, from which the bound starts, a close one.
+    assert kl.value < float(truth.mean()) + 4 * kl.stderr
+    assert kl.value > float(truth.mean()) - (0.1 if kind == "Gaussian" else 0.5)
+    assert kl.stderr < 0.02
+    # The discriminator serves all evaluators of the fit.
+    monkeypatch.setattr("harness.discrimination.train", lambda *arguments: pytest.fail("trained twice"))
+    np.testing.assert_array_equal(measure(oracle, posterior, steps=7)["kl_to_posterior"].values, kl.values)
+
+
+def test_it_is_never_used_by_default_and_starts_where_annealing_can(oracle) -> None:
     assert not Gaps.by_default
+    assert Gaps(start="q").undefined(oracle.fit(oracle.implicit()), oracle.problem) is None  # no annealing needed
+    fit, problem, _ = four_points()
+    assert Gaps().undefined(fit, problem) is None
+    hidden = Fit(fit.model, Hidden(fit.posterior), {})
+    assert "density" in (Gaps(start="q").undefined(hidden, problem) or "")
