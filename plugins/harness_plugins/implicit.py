@@ -16,6 +16,7 @@ smoothed by Gaussian noise (the left side above: psi_0 ... psi_K from q, z_0 fro
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from types import ModuleType
@@ -26,16 +27,15 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from harness import discrimination, hookimpl
-from harness.discrimination import Contrast, Discriminator, Training
+from harness.discrimination import Check, Contrast
 from harness.estimators import BLOCK_ELEMENTS, StreamedMean, sample_blocks
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
 from harness.method import Fit
 from harness.model import LOG_2PI, LatentModel
 from harness.posterior import Posterior
 from harness.problem import Problem
-from harness.seeding import Streams
 
-NOISE_SCALES = (0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0)
+NOISE_SCALES = (0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)
 """What the noise's scale is chosen from, in standard deviations of q(z|x)."""
 
 VACUOUS = 5.0
@@ -50,7 +50,8 @@ class Implicit(Evaluator):
         observations: How many of the fixed scored test observations.
         samples: Draws of z per observation for each of the expectations.
         moment_samples: Draws per observation for q's moments, which standardise it.
-        steps, batch_size, lr: Training of the discriminator, see `harness.discrimination.Training`.
+        steps, batch_size, lr: Training of the discriminator, see `harness.discrimination.Training`; the defaults are
+            those of `harness.discrimination.Check`.
         width, blocks: Size of the discriminator, a residual network on x and z.
         components: K, the further draws of q that one of the smoothed posterior's is compared with.
         repetitions: Independent sets of K + 1 draws; the ``samples`` are spread over them.
@@ -61,69 +62,48 @@ class Implicit(Evaluator):
     modules: ClassVar[tuple[ModuleType, ...]] = (discrimination,)
 
     name: str = "implicit"
-    observations: PositiveInt = 100
-    samples: Annotated[int, Field(ge=2)] = 500
-    moment_samples: Annotated[int, Field(ge=2)] = 1000
-    steps: PositiveInt = 600
-    batch_size: PositiveInt = 128
-    lr: PositiveFloat = 1e-3
-    width: PositiveInt = 512
-    blocks: PositiveInt = 3
+    observations: PositiveInt = Check.observations
+    samples: Annotated[int, Field(ge=2)] = Check.samples
+    moment_samples: Annotated[int, Field(ge=2)] = Check.moment_samples
+    steps: PositiveInt = Check.steps
+    batch_size: PositiveInt = Check.batch_size
+    lr: PositiveFloat = Check.lr
+    width: PositiveInt = Check.width
+    blocks: PositiveInt = Check.blocks
     components: PositiveInt = 1000
     repetitions: Annotated[int, Field(ge=2)] = 10
     validation: PositiveInt = 50
 
     def measure(self, fit: Fit, problem: Problem, run: EvaluationRun) -> list[Measurement]:
-        x, indices = run.data.scored(self.observations)
-        contrast = self._contrast(fit, x, run, "moments")
-        discriminator, losses = self._trained(fit, contrast, run)
-        found = discrimination.estimate(
-            fit.model, fit.posterior, discriminator, contrast, self.samples, lambda name: run.generator(self.name, name)
+        _, indices = run.data.scored(self.observations)
+        found = discrimination.checked(
+            fit, self._check, run, lambda part, loss: run.progress(0.8 * part, f"discriminator's loss {loss:.4f}")
         )
-        settings = {
-            "samples": self.samples,
-            "steps": self.steps,
-            "batch_size": self.batch_size,
-            "width": self.width,
-            "blocks": self.blocks,
-            "loss": float(losses[-max(1, self.steps // 20) :].mean()),
-        }
-        estimated = {"settings": settings, "traces": {"loss": losses.double().cpu().numpy()}}
-        bounded = {"settings": {**settings, "bound": "NWJ, from a Gaussian with the moments of q"}}
-        elbo = run.measurement("elbo", *found["elbo_bound"], "stochastic upper bound", indices, **bounded)
+        means, settings = found.means, found.settings(self._check)
+        bounded = {**settings, "bound": "NWJ, from a Gaussian with the moments of q"}
+        estimate, upper = "density ratio", "stochastic upper bound"
+        traces = {"loss": found.losses.double().cpu().numpy()}
+        elbo = run.measurement("elbo", *means["elbo_bound"], upper, indices, settings=bounded)
         return [
-            run.measurement("adversarial_elbo", *found["elbo"], "density ratio", indices, **estimated),
-            run.measurement("adversarial_kl", *found["kl"], "density ratio", indices, settings=settings),
-            run.measurement("kl_to_prior", *found["kl_bound"], "stochastic lower bound", indices, **bounded),
+            run.measurement("adversarial_elbo", *means["elbo"], estimate, indices, settings=settings, traces=traces),
+            run.measurement("adversarial_kl", *means["kl"], estimate, indices, settings=settings),
+            run.measurement("kl_to_prior", *means["kl_bound"], "stochastic lower bound", indices, settings=bounded),
             elbo,
-            self._smoothed(fit, contrast, run, indices, elbo.value),
+            self._smoothed(fit, found.contrast, run, indices, elbo.value),
         ]
 
-    def _contrast(self, fit: Fit, x: Tensor, run: EvaluationRun, purpose: str) -> Contrast:
-        return Contrast.of(fit.posterior, x, self.moment_samples, run.generator(self.name, purpose))
-
-    def _trained(self, fit: Fit, contrast: Contrast, run: EvaluationRun) -> tuple[Discriminator, Tensor]:
-        streams = Streams(run.seed, run.problem.label, f"evaluator {self.name}", run.device)
-        with streams.initial_weights(shared=False):
-            discriminator = Discriminator(contrast, self.width, self.blocks)
-        losses = discrimination.train(
-            discriminator,
-            fit.posterior,
-            contrast,
-            Training(steps=self.steps, batch_size=self.batch_size, lr=self.lr),
-            run.generator(self.name, "training"),
-            lambda fraction, loss: run.progress(0.8 * fraction, f"discriminator's loss {loss:.4f}"),
-        )
-        return discriminator, losses
+    @property
+    def _check(self) -> Check:
+        return Check(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Check)})
 
     def _smoothed(self, fit: Fit, contrast: Contrast, run: EvaluationRun, indices: Tensor, upper: float) -> Measurement:
         scale = self._noise_scale(fit, run)
-        values, stderrs = self._bound(fit, contrast, scale, run.generator(self.name, "components"))
+        values, stderrs = self._bound(fit, contrast, scale, self.repetitions, run.generator(self.name, "components"))
         settings = {
             "of": "q smoothed by Gaussian noise",
             "noise_scale": scale,
             "components": self.components,
-            "samples": self.repetitions * self._from_each,
+            "samples": self.repetitions * self._each,
             "repetitions": self.repetitions,
             "vacuous": bool(values.mean() < upper - VACUOUS),
         }
@@ -138,22 +118,25 @@ class Implicit(Evaluator):
         )
 
     def _noise_scale(self, fit: Fit, run: EvaluationRun) -> float:
-        """The scale with the highest bound on validation data; all are tried with the same draws."""
-        contrast = self._contrast(fit, run.data.validation[: self.validation], run, "validation moments")
+        """The scale with the highest bound on validation data; all are tried with the same draws, hence with few."""
+        x, moments = run.data.validation[: self.validation], run.generator(self.name, "validation moments")
+        contrast = Contrast.of(fit.posterior, x, self.moment_samples, moments)
         tried: dict[float, float] = {}
         for scale in NOISE_SCALES:
             stream = run.generator(self.name, "validation components")
-            tried[scale] = float(self._bound(fit, contrast, scale, stream)[0].mean())
+            tried[scale] = float(self._bound(fit, contrast, scale, 2, stream)[0].mean())
         return max(tried, key=lambda scale: tried[scale])
 
     @property
-    def _from_each(self) -> int:
-        """Draws of the smoothed posterior around a set of K + 1 components."""
+    def _each(self) -> int:
+        """Draws of the smoothed posterior with one set of K + 1 components."""
         return min(-(-self.samples // self.repetitions), self.components + 1)
 
-    def _bound(self, fit: Fit, contrast: Contrast, scale: float, stream: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _bound(
+        self, fit: Fit, contrast: Contrast, scale: float, repetitions: int, stream: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         return semi_implicit_bound(
-            fit.model, fit.posterior, contrast, scale, self.components, self._from_each, self.repetitions, stream
+            fit.model, fit.posterior, contrast, scale, self.components, self._each, repetitions, stream
         )
 
 
@@ -194,13 +177,13 @@ def semi_implicit_bound(
             u = psi[:samples] + noise_scale * at.draws(samples, generator)
             z = at.mean + at.sd * u
             log_joint = torch.cat([model.log_joint(at.x, part) for part in z.split(list(sample_blocks(at.x, samples)))])
-            log_q = _log_mixture(u, psi, noise_scale) - at.sd.double().log().sum(-1)
+            log_q = log_mixture(u, psi, noise_scale) - at.sd.double().log().sum(-1)
             mean.add((log_joint - log_q).mean(0, keepdim=True))
         parts.append(mean)
     return torch.cat([mean.value() for mean in parts]), torch.cat([mean.stderr() for mean in parts])
 
 
-def _log_mixture(u: Tensor, psi: Tensor, sd: float) -> Tensor:
+def log_mixture(u: Tensor, psi: Tensor, sd: float) -> Tensor:
     """Log density at u (S, N, D) of the equal mixture of N(psi_k, sd^2 I), psi (K + 1, N, D): (S, N), nats.
 
     Squared distances as matrix products, in float64: where sd is small, they are small differences of large numbers.
