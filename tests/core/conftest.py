@@ -14,15 +14,18 @@ import pytest
 def mutated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
     """Make a fresh module from the source of another, in which a piece of text that occurs once is another one.
 
-    What is imported from a module that was mutated before comes from that mutant.
+    What it imports from a module that was mutated before comes from that mutant; without a text nothing else changes.
     """
 
-    def mutate(module: ModuleType, text: str, by: str) -> ModuleType:
+    def mutate(module: ModuleType, text: str = "", by: str = "") -> ModuleType:
         source = inspect.getsource(module)
-        assert source.count(text) == 1, f"{text!r} occurs {source.count(text)} times in {module.__name__}"
+        assert not text or source.count(text) == 1, f"{text!r} occurs {source.count(text)} times in {module.__name__}"
         fresh = ModuleType(module.__name__)
         monkeypatch.setitem(sys.modules, module.__name__, fresh)
-        exec(compile(source.replace(text, by), f"<mutant of {module.__name__}>", "exec"), fresh.__dict__)
+        exec(
+            compile(source.replace(text, by) if text else source, f"<mutant of {module.__name__}>", "exec"),
+            fresh.__dict__,
+        )
         return fresh
 
     return mutate
