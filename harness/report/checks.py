@@ -30,6 +30,7 @@ def checked(row: MethodRow, values: ValuesOf) -> Checks | None:
         exceeds=_exceeds(row, checks, values),
         own_less_upper=_less(row, checks.own, checks.upper, values),
         smoothed_less_own=_less(row, smoothed, checks.own, values),
+        smoothed_less_upper=_less(row, smoothed, checks.upper, values),
     )
 
 

@@ -16,10 +16,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from harness.report.doubts import short
 from harness.report.figures import Source, plain, tidy
 from harness.report.tables import MethodRow, Table
 from harness.report.trust import LOG_LIKELIHOOD
-from harness.statistics import Estimate
+from harness.statistics import STANDARD_ERRORS, Estimate
 
 Array = NDArray[np.float64]
 
@@ -100,12 +101,11 @@ def _range(running: Sequence[Array]) -> tuple[float, float]:
 
 def _draw_running(axes: Axes, traces: Mapping[str, Array], colour: str) -> None:
     """Boxes: quartiles and median; whiskers: 5 % and 95 % of the observations; the line joins the means."""
-    running, beta = traces["running"], traces["temperature"]
+    running, beta, position = traces["running"], traces["temperature"], _positions(traces)
     shown = np.unique(np.linspace(0, len(beta) - 1, min(BOXES, len(beta))).round().astype(int))
-    position = (shown + 1) / len(beta)  # part of the temperatures that are done
     axes.boxplot(
         [running[i] for i in shown],
-        positions=position.tolist(),
+        positions=position[shown].tolist(),
         widths=0.55 / BOXES,
         whis=(5, 95),
         showfliers=False,
@@ -116,10 +116,15 @@ def _draw_running(axes: Axes, traces: Mapping[str, Array], colour: str) -> None:
         whiskerprops={"color": colour},
         capprops={"color": colour},
     )
-    everywhere = (np.arange(len(beta)) + 1) / len(beta)
-    axes.plot(everywhere, running.mean(axis=1), color="0.25", linewidth=1, zorder=3)
+    axes.plot(position, running.mean(axis=1), color="0.25", linewidth=1, zorder=3)
     axes.axhline(float(running[-1].mean()), color="0.25", linewidth=0.8, linestyle=":")
-    _inverse_temperatures(axes, everywhere, beta)
+    _inverse_temperatures(axes, position, beta)
+
+
+def _positions(traces: Mapping[str, Array]) -> Array:
+    """Part of the temperatures that are done at each checkpoint; these are as even as whole temperatures allow."""
+    checkpoints, temperatures = len(traces["temperature"]), len(traces["acceptance"]) + 1
+    return np.ceil((np.arange(checkpoints) + 1) * temperatures / checkpoints) / temperatures
 
 
 def _inverse_temperatures(axes: Axes, position: Array, beta: Array) -> None:
@@ -138,8 +143,8 @@ def _draw_acceptance(axes: Axes, found: Mapping[str, Mapping[str, Array]], colou
         acceptance = traces["acceptance"]
         position = (np.arange(len(acceptance)) + 1) / (len(acceptance) + 1)
         axes.plot(position, acceptance, color=colour[label], linewidth=1.2, label=plain(label))
-    beta = next(iter(found.values()))["temperature"]
-    _inverse_temperatures(axes, (np.arange(len(beta)) + 1) / len(beta), beta)
+    traces = next(iter(found.values()))
+    _inverse_temperatures(axes, _positions(traces), traces["temperature"])
     axes.set_ylim(0, 1)
     axes.set_ylabel("probability of acceptance")
     axes.set_title("acceptance by temperature", fontsize=10)
@@ -179,7 +184,7 @@ def importance(table: Table, store: Source, colour: Mapping[str, str]) -> Figure
     figure = Figure(figsize=(7.5, 4.4), layout="constrained")
     axes = figure.add_subplot()
     for label, curve in curves.items():
-        _draw_bound(axes, label, curve, colour[label])
+        _draw_bound(axes, table, label, curve, colour[label])
     axes.set_xscale("log")
     axes.set_ylim(_settled_range(list(curves.values())))
     counts = sorted({curve.n_observations for curve in curves.values()})
@@ -239,19 +244,15 @@ def _scores(row: MethodRow, seed: int, examples: pd.DataFrame) -> dict[str, pd.S
     return {name: values for name, values in found.items() if len(values) and values.index.is_unique}
 
 
-def _draw_bound(axes: Axes, label: str, curve: _Curve, colour: str) -> None:
-    mean = curve.bound.mean(axis=0)
-    seeds = len(curve.bound)
-    band = curve.bound.std(axis=0, ddof=1) if seeds > 1 else curve.stderr
-    name = "sd over seeds" if seeds > 1 else "standard error"
-    axes.fill_between(curve.k, mean - band, mean + band, color=colour, alpha=0.2, linewidth=0)
-    axes.plot(curve.k, mean, "-o", color=colour, markersize=4, label=f"{plain(label)} (band: {name})")
+def _draw_bound(axes: Axes, table: Table, label: str, curve: _Curve, colour: str) -> None:
+    mean, reach = curve.bound.mean(axis=0), STANDARD_ERRORS * curve.stderr
+    axes.fill_between(curve.k, mean - reach, mean + reach, color=colour, alpha=0.2, linewidth=0)
+    axes.plot(curve.k, mean, "-o", color=colour, markersize=4, label=plain(label))
     styles = itertools.cycle(("--", ":", "-."))
     for estimate, value in curve.others:
         style = "-" if estimate.kind == "exact" else next(styles)
-        axes.axhline(
-            value, color=colour, linewidth=1.2, linestyle=style, label=f"{plain(label)}: {plain(estimate.evaluator)}"
-        )
+        name = f"{plain(label)}: {plain(short(table, estimate.evaluator))}"
+        axes.axhline(value, color=colour, linewidth=1.2, linestyle=style, label=name)
 
 
 def _settled_range(curves: Sequence[_Curve]) -> tuple[float, float]:

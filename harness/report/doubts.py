@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from harness.report.cells import DOUBTED, EXCEEDS, one_line, seed_list
-from harness.report.tables import Certificate, MethodRow, Table
+from harness.report.tables import Certificate, Checks, MethodRow, Table
 from harness.report.trust import GAP, anneals, differing, gap_error, settings
 from harness.statistics import DENSITY_RATIO, DISAGREEMENT, LOWER_BOUNDS, Agreement, Estimate, stem
 
@@ -219,20 +219,19 @@ def _exceeding(table: Table, row: MethodRow) -> Iterator[str]:
 
 
 def _outside(row: MethodRow) -> Iterator[str]:
-    if row.checks is None or row.checks.own is None:
-        return
-    label, ratio = one_line(row.label), row.checks.own.kind == DENSITY_RATIO
-    above, below = row.checks.own_less_upper, row.checks.smoothed_less_own
+    """Where the own ELBO is not between the bounds, and where the bounds do not leave room for any."""
+    found, label = row.checks or Checks(), one_line(row.label)
+    ratio = found.own is not None and found.own.kind == DENSITY_RATIO
+    above, below, none = found.own_less_upper, found.smoothed_less_own, found.smoothed_less_upper
     if above and above.above:
         why = "its adversary was too weak, its KL is too small" if ratio else "a fault in one of them"
         yield f"{EXCEEDS} {label}: own ELBO is {_by(above)} above the upper bound on the ELBO: {why}"
-    if below and below.above and not row.checks.vacuous:
-        why = (
-            "its KL is too large, or the smoothed posterior is the better one"
-            if ratio
-            else "the smoothed posterior is the better one, or a fault in one of them"
-        )
-        yield f"{label}: own ELBO is {_by(below)} below the lower bound of the smoothed posterior: {why}"
+    if below and below.above:
+        other = "its KL is too large" if ratio else "there is a fault in one of them"
+        what = "below the lower bound of the smoothed posterior"
+        yield f"{label}: own ELBO is {_by(below)} {what}: the smoothed one is the better posterior, or {other}"
+    elif none and none.above:
+        yield f"{label}: smoothed, the posterior is better than as fitted, by at least {_by(none)}"
 
 
 def _by(found: Agreement) -> str:

@@ -33,7 +33,7 @@ _CAPTIONS = {
     "annealing": "Annealing: running estimate of log p(x) over the test observations (box: quartiles and median, "
     "whiskers: 5 % and 95 %, line: mean) as the inverse temperature rises, and how many proposals were accepted.",
     "importance": "Lower bound on log p(x) from K importance draws, the mean over the observations that all estimators "
-    "have scored. Level lines: what the other estimators say of the same observations.",
+    "have scored, and two standard errors of it. Level lines: the other estimators on the same observations.",
     "latent": "Draws of the aggregate posterior over test observations, coloured by class or data point.",
     "samples": "E[x|z] for draws of z from the prior.",
     "reconstructions": "Test observations, and E[x|z] for one draw of z from each posterior.",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from harness.report import doubts
 from harness.report.cells import MISSING, decimals, fixed, mark, one_line
-from harness.report.tables import MethodRow, Table
+from harness.report.tables import Checks, MethodRow, Table
 from harness.report.trust import GAP
 from harness.statistics import Agreement, Estimate, stem
 
@@ -110,15 +110,10 @@ def pairs(table: Table) -> list[tuple[str, str]]:
     return list(dict.fromkeys(pair for row in table.rows for pair in row.agreements))
 
 
-def _log_places(table: Table) -> int:
-    errors = [e.stderr or e.spread for row in table.rows for e in row.evidence.values()]
-    return decimals([*errors, *(found.stderr for row in table.rows for found in row.agreements.values())])
-
-
 def _evidence(table: Table) -> list[Column]:
-    places = _log_places(table)
-
     def column(name: str) -> Column:
+        places = _places(row.evidence.get(name) for row in table.rows)
+
         def cell(row: MethodRow) -> Entry:
             return entry(row, row.evidence.get(name), places)
 
@@ -128,12 +123,13 @@ def _evidence(table: Table) -> list[Column]:
 
 
 def _agreements(table: Table) -> list[Column]:
-    places = _log_places(table)
-
     def column(first: str, second: str) -> Column:
+        mine = {row.label: row.agreements.get((first, second)) for row in table.rows}
+        places = decimals([found.stderr for found in mine.values() if found])
+
         def cell(row: MethodRow) -> Entry:
             doubted = [UNTRUSTED] if row.distrusts(first) or row.distrusts(second) else []
-            return _difference(row.agreements.get((first, second)), places, doubted)
+            return _difference(mine[row.label], places, doubted)
 
         a, b = doubts.short(table, first), doubts.short(table, second)
         return min((f"{a} less\n{b}", f"{a}\nless {b}"), key=lambda text: max(map(len, text.split("\n")))), cell
@@ -188,10 +184,8 @@ def checks(table: Table) -> Panel | None:
     rows = [row for row in table.rows if row.checks]
     if not rows:
         return None
-    found = [row.checks for row in rows if row.checks]
-    estimates = [e for c in found for e in (c.own, c.fresh, c.upper, c.smoothed)]
-    estimates += [row.shown.get("log_likelihood") for row in rows]
-    places = _places(estimates)
+    estimates = {row.label: _checked(row) for row in rows}
+    places = [_places(column) for column in zip(*estimates.values(), strict=True)]
     return Panel(
         title="Checks of the posteriors by others than their methods",
         columns=[
@@ -201,24 +195,25 @@ def checks(table: Table) -> Panel | None:
             "smoothed\nat least",
             f"log p(x)\n{one_line(stem(table.evaluator), 11)}",
         ],
-        lines=[(row.label, _check_entries(row, places)) for row in rows],
+        lines=[
+            (row.label, [entry(row, *cell) for cell in zip(estimates[row.label], places, _flags(row), strict=True)])
+            for row in rows
+        ],
         about=doubts.about_checks(),
         notes=doubts.of_checks(table),
-        kinds=frozenset(estimate.kind for estimate in estimates if estimate),
+        kinds=frozenset(estimate.kind for line in estimates.values() for estimate in line if estimate),
     )
 
 
-def _check_entries(row: MethodRow, places: int) -> list[Entry]:
-    found = row.checks
-    if found is None:
-        return []
-    entries = [
-        entry(row, estimate, places, [EXCEEDS] if name in found.exceeds else [])
-        for name, estimate in (("own", found.own), ("fresh", found.fresh), ("upper", found.upper))
-    ]
-    flags = [flag for flag, raised in ((EXCEEDS, "smoothed" in found.exceeds), (VACUOUS, found.vacuous)) if raised]
-    truth = entry(row, row.shown.get("log_likelihood"), places)
-    return [*entries, entry(row, found.smoothed, places, flags), truth]
+def _checked(row: MethodRow) -> list[Estimate | None]:
+    found = row.checks or Checks()
+    return [found.own, found.fresh, found.upper, found.smoothed, row.shown.get("log_likelihood")]
+
+
+def _flags(row: MethodRow) -> list[list[str]]:
+    found = row.checks or Checks()
+    own, fresh, smoothed = ([EXCEEDS] if name in found.exceeds else [] for name in ("own", "fresh", "smoothed"))
+    return [own, fresh, [], [*smoothed, *([VACUOUS] if found.vacuous else [])], []]
 
 
 def gaps(table: Table) -> Panel | None:

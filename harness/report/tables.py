@@ -79,7 +79,7 @@ class Checks:
         smoothed: Lower bound on the ELBO of the posterior smoothed by noise, and thereby on log p(x).
         vacuous: The last is too loose to tell anything.
         exceeds: Which of `own`, `fresh` and `smoothed` are above log p(x), and for which seeds.
-        own_less_upper, smoothed_less_own: None where one of the two is missing.
+        own_less_upper, smoothed_less_own, smoothed_less_upper: None where one of the two is missing.
     """
 
     own: Estimate | None = None
@@ -90,6 +90,7 @@ class Checks:
     exceeds: Mapping[str, Sequence[int]] = field(default_factory=dict[str, Sequence[int]])
     own_less_upper: Agreement | None = None
     smoothed_less_own: Agreement | None = None
+    smoothed_less_upper: Agreement | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
