@@ -23,7 +23,6 @@ log p(x) is, a stochastic lower bound.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -44,9 +43,6 @@ from harness.method import Fit
 from harness.model import HasClosedForm, LatentModel
 from harness.posterior import HasDensity, HasLocalFamily, LocalFamily
 from harness.problem import Problem
-
-FRESH = discrimination.Check()
-"""An implicit posterior is checked as `implicit` does it by default."""
 
 Means = Mapping[str, tuple[Tensor, Tensor]]
 """By name, means and standard errors per observation, both of shape (N,), float64."""
@@ -89,6 +85,7 @@ class Gaps(AnnealedEvaluator):
         samples: Draws per observation and step.
         lr: Adam's learning rate at the start, in units of the family's parameters; it falls linearly to zero.
         evaluation_samples: Draws per observation of either ELBO, and as many for the choice between the two.
+        discriminator_steps: An implicit posterior's ELBO is bounded as by `implicit` with so many steps.
     """
 
     modules: ClassVar[tuple[ModuleType, ...]] = (*AnnealedEvaluator.modules, discrimination)
@@ -98,6 +95,7 @@ class Gaps(AnnealedEvaluator):
     samples: PositiveInt = 20
     lr: PositiveFloat = 0.1
     evaluation_samples: Annotated[int, Field(ge=2)] = 1000
+    discriminator_steps: PositiveInt = discrimination.Check.steps
 
     def undefined(self, fit: Fit, problem: Problem) -> str | None:
         return None if isinstance(fit.model, HasClosedForm) else self.unstartable(fit)
@@ -143,7 +141,7 @@ class Gaps(AnnealedEvaluator):
         def told(part: float, loss: float) -> None:
             run.progress(part / 2, f"discriminator's loss {loss:.4f}")
 
-        check = dataclasses.replace(FRESH, observations=self.observations)
+        check = discrimination.Check(observations=self.observations, steps=self.discriminator_steps)
         found = discrimination.checked(fit, check, run, told)
         settings = {**found.settings(check), "elbo": "NWJ, from a Gaussian with the moments of q"}
         return ELBOs({"amortised": found.means["elbo_bound"]}, settings, upper=True)

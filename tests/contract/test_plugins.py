@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from harness.annealing import AnnealedEvaluator
 from harness.evaluator import Evaluator
 from harness.method import Method
 from harness.options import UserError
@@ -71,11 +70,18 @@ def test_dataset(dataset: Dataset) -> None:
             dataset.load()
 
 
+SMALL = {
+    "observations": 8, "samples": 20, "temperatures": 5, "leapfrog": 2, "steps": 10, "discriminator_steps": 10,
+    "width": 16, "components": 20, "repetitions": 2, "validation": 4, "evaluation_samples": 20,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("evaluator", things("evaluators"))
 def test_evaluator(evaluator: Evaluator) -> None:
     """On a posterior with every capability, and on what each registered method gives."""
-    if isinstance(evaluator, AnnealedEvaluator):  # the laws hold for any number of temperatures, and many take minutes
-        evaluator = replace(evaluator, observations=8, temperatures=5, leapfrog=2)
+    # The laws hold for any number of temperatures, steps and draws, and many take minutes.
+    small = {name: value for name, value in SMALL.items() if name in evaluator.config}
+    evaluator = replace(evaluator, **small)  # type: ignore[type-var]
     check_evaluator(evaluator)
     for provided in REGISTRY.methods.values():
         check_evaluator(evaluator, provided.thing, SmallProblem())
