@@ -30,7 +30,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
@@ -329,6 +329,31 @@ def over_seeds(records: Sequence[Row]) -> Estimate:
         settings=tuple(row["settings"] or "{}" for row in records),
         bits_per_dim=float(np.mean([_number(row, "bits_per_dim") for row in records])),
         split=first["split"] or "",
+    )
+
+
+def common(estimates: Sequence[Mapping[int, Values]]) -> tuple[list[int], NDArray[np.int64]]:
+    """Seeds and observations that all of the estimates have; either may be empty."""
+    seeds = sorted(set[int].intersection(*(set(values) for values in estimates)))
+    scored = [values[seed].index for values in estimates for seed in seeds]
+    return seeds, functools.reduce(np.intersect1d, scored) if scored else np.array([], dtype=np.int64)
+
+
+def restricted(
+    estimate: Estimate, values: Mapping[int, Values], seeds: Sequence[int], index: NDArray[np.int64]
+) -> Estimate:
+    """The estimate from some of its seeds and observations, at least one of either."""
+    kept = [values[seed].at(index) for seed in seeds]
+    errors = [_standard_error(each.value) for each in kept]
+    basic = spread([float(each.value.mean()) for each in kept])
+    return replace(
+        estimate,
+        value=basic.value,
+        spread=basic.spread,
+        seeds=basic.seeds,
+        stderr=math.sqrt(sum(float(np.square(each.stderr).sum()) for each in kept)) / (len(kept) * len(index)),
+        stderr_test=0.0 if estimate.exhaustive else float(np.mean(errors)),
+        n_observations=(len(index),),
     )
 
 

@@ -18,20 +18,37 @@ def checked(row: MethodRow, values: ValuesOf) -> Checks | None:
     if not second:
         return None
     smoothed = _first(second, "smoothed_elbo", LOWER_BOUNDS)
-    checks = Checks(
+    found = Checks(
         own=statistics.choose(own, COLUMNS["elbo"]),
         fresh=_first(second, "adversarial_elbo", (DENSITY_RATIO,)),
         upper=_first(second, "elbo", (UPPER_BOUND,)),
         smoothed=smoothed,
+        truth=row.shown.get("log_likelihood"),
         vacuous=smoothed is not None and any(settings(text).get("vacuous") for text in smoothed.settings),
     )
     return dataclasses.replace(
-        checks,
-        exceeds=_exceeds(row, checks, values),
-        own_less_upper=_less(row, checks.own, checks.upper, values),
-        smoothed_less_own=_less(row, smoothed, checks.own, values),
-        smoothed_less_upper=_less(row, smoothed, checks.upper, values),
+        found,
+        **_side_by_side(row, found, values),
+        exceeds=_exceeds(row, found, values),
+        own_less_upper=_less(row, found.own, found.upper, values),
+        smoothed_less_own=_less(row, smoothed, found.own, values),
+        smoothed_less_upper=_less(row, smoothed, found.upper, values),
     )
+
+
+def _side_by_side(row: MethodRow, found: Checks, values: ValuesOf) -> dict[str, Estimate]:
+    """The estimates over the seeds and observations that all have scored: others do not stand beside each other.
+
+    As they are where they have nothing in common.
+    """
+    named = {name: getattr(found, name) for name in ("own", "fresh", "upper", "smoothed", "truth")}
+    estimates = {name: (estimate, of_seeds(row.jobs, estimate, values)) for name, estimate in named.items() if estimate}
+    seeds, index = statistics.common([scored for _, scored in estimates.values()])
+    if not len(index):
+        return {}
+    return {
+        name: statistics.restricted(estimate, scored, seeds, index) for name, (estimate, scored) in estimates.items()
+    }
 
 
 def _first(found: Sequence[Estimate], metric: str, kinds: Sequence[str]) -> Estimate | None:
@@ -39,7 +56,7 @@ def _first(found: Sequence[Estimate], metric: str, kinds: Sequence[str]) -> Esti
 
 
 def _exceeds(row: MethodRow, checks: Checks, values: ValuesOf) -> Mapping[str, list[int]]:
-    truth = of_seeds(row.jobs, row.shown.get("log_likelihood"), values)
+    truth = of_seeds(row.jobs, checks.truth, values)
     found: dict[str, list[int]] = {}
     for name in ("own", "fresh", "smoothed"):
         bounds = of_seeds(row.jobs, getattr(checks, name), values)

@@ -204,7 +204,17 @@ NAMES = {
 
 
 def of_checks(table: Table) -> list[str]:
-    return [note for row in table.rows if row.checks for note in (*_exceeding(table, row), *_outside(row))]
+    rows = [row for row in table.rows if row.checks]
+    return [*_checked(rows), *(note for row in rows for note in (*_exceeding(table, row), *_outside(row)))]
+
+
+def _checked(rows: Sequence[MethodRow]) -> list[str]:
+    """Over how many observations the numbers are, where the main table has others."""
+    counts = {n for row in rows if row.checks and row.checks.fresh for n in row.checks.fresh.n_observations}
+    main = {n for row in rows for estimate in row.shown.values() for n in estimate.n_observations}
+    if main <= counts:
+        return []
+    return [f"over {' or '.join(f'{n:,}' for n in sorted(counts))} observations, which all of these have scored"]
 
 
 def _exceeding(table: Table, row: MethodRow) -> Iterator[str]:

@@ -207,7 +207,7 @@ def checks(table: Table) -> Panel | None:
 
 def _checked(row: MethodRow) -> list[Estimate | None]:
     found = row.checks or Checks()
-    return [found.own, found.fresh, found.upper, found.smoothed, row.shown.get("log_likelihood")]
+    return [found.own, found.fresh, found.upper, found.smoothed, found.truth]
 
 
 def _flags(row: MethodRow) -> list[list[str]]:

@@ -70,14 +70,15 @@ class Certificate:
 
 @dataclass(frozen=True, kw_only=True)
 class Checks:
-    """What was found out about a posterior by others than its method.
+    """What was found out about a posterior by others than its method, over what all of them have scored.
 
     Args:
         own: ELBO as the method or its density gives it.
         fresh: ELBO with the density ratio of a discriminator that was trained after the fit.
         upper: Upper bound on the ELBO.
         smoothed: Lower bound on the ELBO of the posterior smoothed by noise, and thereby on log p(x).
-        vacuous: The last is too loose to tell anything.
+        truth: log p(x) as in the main table.
+        vacuous: The lower bound is too loose to tell anything.
         exceeds: Which of `own`, `fresh` and `smoothed` are above log p(x), and for which seeds.
         own_less_upper, smoothed_less_own, smoothed_less_upper: None where one of the two is missing.
     """
@@ -86,6 +87,7 @@ class Checks:
     fresh: Estimate | None = None
     upper: Estimate | None = None
     smoothed: Estimate | None = None
+    truth: Estimate | None = None
     vacuous: bool = False
     exceeds: Mapping[str, Sequence[int]] = field(default_factory=dict[str, Sequence[int]])
     own_less_upper: Agreement | None = None
