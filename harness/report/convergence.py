@@ -257,8 +257,8 @@ def _draw_bound(axes: Axes, table: Table, label: str, curve: _Curve, colour: str
 
 def _settled_range(curves: Sequence[_Curve]) -> tuple[float, float]:
     """All that is known, and of the bounds what follows the first few draws."""
-    settled = [curve.bound[:, curve.k >= min(SETTLED, curve.k[-1])] for curve in curves]
-    values = [*(float(value) for bound in settled for value in bound.flat)]
+    settled = [curve.bound.mean(axis=0)[curve.k >= min(SETTLED, curve.k[-1])] for curve in curves]
+    values = [float(value) for bound in settled for value in bound]
     values += [value for curve in curves for _, value in curve.others]
     low, high = min(values), max(values)
     margin = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
