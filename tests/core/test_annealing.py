@@ -19,7 +19,7 @@ from torch import Tensor
 from harness import annealing, hmc
 from harness.annealing import Annealing, Kernels, Weights, schedule
 from harness.hmc import FunctionDensity
-from harness.model import BernoulliLikelihood, DecoderModel, LatentModel, StandardNormalPrior, log_normal
+from harness.model import BernoulliLikelihood, DecoderModel, StandardNormalPrior, log_normal
 from harness.nn import MLP
 from harness.starts import GaussianStart, PriorStart, Start
 from harness_plugins.linear_gaussian import LinearGaussianModel, true_parameters
@@ -172,3 +172,237 @@ def test_mutants_are_biased(mutated: Callable[..., ModuleType], mutant: str) -> 
     verdict = unbiasedness(wrong)
     assert all(0.4 < acceptance < 0.8 for acceptance in verdict.acceptance)
     assert verdict.worst > 2 * STANDARD_ERRORS
+
+
+# Stated errors
+
+
+def coverage(error: Tensor, stderr: Tensor, quantile: float) -> float:
+    return float((error.abs() < quantile * stderr).double().mean())
+
+
+def test_stated_intervals_cover_the_truth() -> None:
+    """Three thousand repeats: among two hundred, what truly covers 93 % is seen below 90 % once in twenty times.
+
+    Sixteen weights give an error with sixteen minus one degrees of freedom: value +- 1.96 stderr covers some 93 %,
+    and Student's t some 95 %. The error of a coverage is 0.4 %.
+    """
+    oracle = Oracle.make(3000)
+    weights = oracle.path(16).forward(oracle.kernels(30), stream(4))
+    error, stderr = weights.estimate().value() - oracle.log_p, weights.estimate().stderr()
+    normal, student = 1.96, float(stats.t.ppf(0.975, 15))
+    assert coverage(error, stderr, normal) == pytest.approx(0.93, abs=0.02)
+    assert coverage(error, stderr, student) == pytest.approx(0.95, abs=0.02)
+    # The mean over observations has the error that is stated, apart from the bias of a logarithm: -Var/2.
+    mean_stderr = float(stderr.square().sum().sqrt() / 3000)
+    assert abs(float((error + stderr.square() / 2).mean())) < STANDARD_ERRORS * mean_stderr
+
+
+@pytest.mark.parametrize("chains", [16, 64])
+def test_stated_errors_agree_with_the_bootstrap_over_chains(chains: int) -> None:
+    oracle = Oracle.make(150)
+    weights = oracle.path(chains).forward(oracle.kernels(30), stream(4))
+    drawn = torch.randint(chains, (500, chains), generator=stream(6))
+    resampled = weights.log_w[drawn].logsumexp(1) - math.log(chains)
+    ratio = resampled.std(0) / weights.estimate().stderr()
+    # Resampling n weights has the variance of n, not n - 1, of them; 500 resamples are good to 1/sqrt(1000).
+    assert float(ratio.mean()) == pytest.approx(math.sqrt(1 - 1 / chains), abs=0.03)
+    assert ((ratio > 0.75) & (ratio < 1.25)).all()
+
+
+# Schedules and kernels
+
+
+@pytest.mark.parametrize("temperatures", [2, 3, 10, 1000])
+@pytest.mark.parametrize("kind", ["linear", "sigmoid"])
+def test_schedules_rise_from_nought_to_one(kind: annealing.Schedule, temperatures: int) -> None:
+    betas = np.array(schedule(kind, temperatures))
+    assert len(betas) == temperatures + 1
+    assert (betas[0], betas[-1]) == (0, 1)
+    assert (np.diff(betas) > 0).all()
+    np.testing.assert_allclose(betas + betas[::-1], 1, atol=1e-12)
+    t = np.arange(temperatures + 1) / temperatures
+    grosse = stats.logistic.cdf(4 * (2 * t - 1))  # Grosse et al. 2015, section 6
+    expected = t if kind == "linear" else (grosse - grosse[0]) / (grosse[-1] - grosse[0])
+    np.testing.assert_allclose(betas, expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("latent_dim", [1, 2, 10])
+@pytest.mark.parametrize("temperatures", [2, 5, 80])
+@pytest.mark.parametrize("start", ["gaussian", "prior"])
+def test_kernels_have_the_acceptance_that_they_are_tuned_to(latent_dim: int, temperatures: int, start: str) -> None:
+    """At every temperature, and for few of them too, though chains are then far from where the pilot's were."""
+    oracle = Oracle.make(50, latent_dim=latent_dim)
+    scale = torch.ones(50, latent_dim)
+    path = Annealing(
+        oracle.model, oracle.x, oracle.start if start == "gaussian" else PriorStart(scale, oracle.model), 16, 3, MEMORY
+    )
+    kernels = path.tuned("sigmoid", temperatures, 0.65, stream(3))
+    assert kernels.steps.shape == (temperatures - 1, 50)
+    before = kernels.steps.clone()
+    acceptance = path.forward(kernels, stream(4)).acceptance
+    assert torch.equal(kernels.steps, before)
+    assert float(acceptance.mean()) == pytest.approx(0.65, abs=0.03 if temperatures == 80 else 0.15)
+    assert (acceptance - 0.65).abs().max() < 0.15
+
+
+@dataclass(frozen=True, eq=False)
+class Steered(Start):
+    """Chains set out from given points, shape (S, N, D)."""
+
+    points: Tensor
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        return self.points[:n]
+
+    def density(self, block: slice) -> hmc.Density:
+        return FunctionDensity(log_normal)
+
+
+def test_no_chain_depends_on_another() -> None:
+    """Nothing is adapted while weighing: what becomes of the others changes no weight of a chain."""
+    oracle = Oracle.make(20, DOUBLE)
+    kernels, points = oracle.kernels(20), torch.randn(4, 20, 2, generator=stream(6), dtype=DOUBLE)
+    others = torch.cat([points[:1], points[1:] + 0.5])
+    one, two = (
+        Annealing(oracle.model, oracle.x, Steered(oracle.start.scale, z), 4, 3, MEMORY)
+        .forward(kernels, stream(4))
+        .log_w
+        for z in (points, others)
+    )
+    torch.testing.assert_close(one[0], two[0], rtol=0, atol=1e-10)
+    assert (one[1:] != two[1:]).all()
+
+
+# Blocks, gradients and what is left alone
+
+
+def images(observations: int, latent_dim: int = 8, width: int = 32, pixels: int = 64) -> tuple[DecoderModel, Tensor]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        decoder = MLP(latent_dim, pixels, width, 2, "softplus")
+    model = DecoderModel(latent_dim, (pixels,), decoder, BernoulliLikelihood())
+    return model, (torch.rand(observations, pixels, generator=stream(7)) < 0.5).float()
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "prior"])
+def test_results_do_not_depend_on_the_memory(kind: str) -> None:
+    model, x = images(30)
+    model, x = model.double(), x.double()
+    scale = torch.full((30, 8), 0.9, dtype=DOUBLE)
+    start = GaussianStart(scale, 0.1 * scale) if kind == "gaussian" else PriorStart(scale, model)
+    found: list[Weights] = []
+    for memory, blocks in ((MEMORY, 1), (2**20, None), (1, 30)):
+        path = Annealing(model, x, start, 4, 3, memory)
+        assert len(path.blocks) == blocks if blocks else 1 < len(path.blocks) < 30
+        kernels = path.tuned("sigmoid", 10, 0.65, stream(3))
+        found += [path.forward(kernels, stream(4)), path.reverse(kernels, scale, stream(5))]
+    for i in (2, 4):
+        for whole, cut in zip(found[:2], found[i : i + 2], strict=True):
+            torch.testing.assert_close(cut.log_w, whole.log_w, rtol=0, atol=1e-8)
+            torch.testing.assert_close(cut.acceptance, whole.acceptance, rtol=0, atol=1e-9)
+
+
+def peak(compute: Callable[[], object]) -> int:
+    """Most bytes that are allocated at once, above what there was before: every allocation and release is recorded."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        compute()
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    assert len(changes) > 10
+    return int(np.cumsum([nbytes for _, nbytes in changes]).max())
+
+
+@pytest.mark.parametrize("memory", [8 * 2**20, 48 * 2**20])
+def test_a_gradient_stays_within_the_memory(memory: int) -> None:
+    model, x = images(400, latent_dim=32, width=300, pixels=784)
+    scale = torch.full((400, 32), 0.9)
+    path = Annealing(model, x, GaussianStart(scale, 0 * scale), 16, 3, memory)
+    block = path.blocks[0]
+    assert 1 < block.stop < 400
+    z = torch.randn(16, block.stop, 32, generator=stream(8))
+    used = peak(lambda: path.paths[0].at(z))
+    assert 0.2 * memory < used <= memory
+
+
+def test_gradients_are_one_for_each_leapfrog_step_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    oracle, calls = Oracle.make(5), []
+    forward = type(oracle.model.decoder).forward
+    monkeypatch.setattr(
+        type(oracle.model.decoder), "forward", lambda self, z: (calls.append(z.shape), forward(self, z))[1]
+    )
+    path, kernels = oracle.path(4), Kernels(schedule("linear", 7), torch.full((6, 5), 0.5), 2)
+    calls.clear()
+    path.forward(kernels, stream(4))
+    assert calls == [(4, 5, 2)] * (1 + 6 * 2)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, x = images(3)
+    model.train()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    path = Annealing(model, x, PriorStart(torch.ones(3, 8), model), 2, 2, MEMORY)
+    path.forward(path.tuned("linear", 3, 0.65, stream(3)), stream(4))
+    assert model.training
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad
+        assert parameter.grad is None
+        assert torch.equal(parameter, before[name])
+
+
+@pytest.mark.parametrize("temperatures", [2, 30, 100])
+def test_the_running_estimate_ends_in_the_estimate(temperatures: int) -> None:
+    oracle = Oracle.make(6)
+    path, told = oracle.path(5), []
+    kernels = oracle.kernels(temperatures)
+    forward = path.forward(kernels, stream(4), lambda *facts: told.append(facts))
+    reverse = path.reverse(kernels, oracle.z, stream(5))
+    for weights, end in ((forward, 1.0), (reverse, 0.0)):
+        traces = weights.traces()
+        assert traces["acceptance"].shape == (temperatures - 1,)
+        assert traces["running"].shape == (min(temperatures, 40), 6)
+        assert traces["temperature"].shape == (min(temperatures, 40),)
+        assert traces["temperature"][-1] == end
+        assert (np.diff(traces["temperature"]) * (2 * end - 1) > 0).all()
+        np.testing.assert_allclose(traces["running"][-1], weights.estimate().value())
+    parts, acceptance, running = zip(*told, strict=True)
+    assert parts == tuple(sorted(parts))
+    assert parts[-1] == 1
+    assert all(0 <= probability <= 1 for probability in acceptance)
+    assert running[-1] == pytest.approx(float(forward.estimate().value().mean()))
+
+
+# Densities that vanish
+
+
+class Above(StandardNormalPrior):
+    """z in one dimension is known to be above x; ``root`` is a likelihood that has no slope below."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.latent_dim, self.kind = 1, kind
+        self.register_buffer("one", torch.ones((), dtype=DOUBLE))
+
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        above = (z - x)[..., 0]
+        value = torch.zeros_like(above) if self.kind == "step" else above.sqrt().log()
+        return torch.where(above > 0, value, -math.inf)
+
+    def log_evidence(self, x: float) -> float:
+        if self.kind == "step":
+            return float(stats.norm.logsf(x))
+        return math.log(stats.norm.expect(lambda z: math.sqrt(z - x), lb=x))
+
+
+@pytest.mark.parametrize("x", [-1.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", ["step", "root"])
+def test_evidence_where_the_likelihood_vanishes(kind: str, x: float) -> None:
+    """Chains that begin where p(x, z) is zero weigh nothing, and count; the pilot's do not spoil the steps."""
+    model, observed = Above(kind), torch.full((40, 1), x, dtype=DOUBLE)
+    path = Annealing(model, observed, PriorStart(torch.ones(40, 1, dtype=DOUBLE), model), 64, 3, MEMORY)
+    kernels = path.tuned("sigmoid", 30, 0.65, stream(3))
+    estimate = path.forward(kernels, stream(4)).estimate()
+    error = estimate.value() - model.log_evidence(x)
+    assert mean_error(error) < STANDARD_ERRORS
+    assert abs((error + estimate.stderr().square() / 2).mean()) < STANDARD_ERRORS * estimate.stderr().norm() / 40
+    assert kernels.steps.min() > 0.03
