@@ -260,7 +260,7 @@ class Check:
     observations: int = 100
     samples: int = 500
     moment_samples: int = 1000
-    steps: int = 800
+    steps: int = 600
     batch_size: int = 100
     lr: float = 1e-3
     width: int = 512
