@@ -308,7 +308,8 @@ def peak(compute: Callable[[], object]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         compute()
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    recorded = [event for event in events if event.name() == "[memory]"]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in recorded)  # type: ignore[attr-defined]
     assert len(changes) > 10
     return int(np.cumsum([nbytes for _, nbytes in changes]).max())
 

@@ -1,0 +1,355 @@
+"""Speed of annealed importance sampling against a naive implementation: per transition, at equal error, its growth.
+
+Ours and the naive one take turns, so that whatever else the machine does falls on both. Ratios are kept in
+``extra_info`` and shown by ``pytest benchmarks/test_ais.py --log-cli-level=INFO``.
+
+A decoder of the size for MNIST with random weights, the embedded digits and a linear-Gaussian model need nothing. With
+a folder for a VAE that is trained on MNIST once, the equal-error part is done for 100 of its test images too, at 100
+and at 1,000 temperatures (an hour and a half on two cores)::
+
+    harness data fetch mnist
+    HARNESS_BENCHMARK_FITS=DIR pytest benchmarks/test_ais.py --log-cli-level=INFO
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+import harness
+from benchmarks.naive_ais import NaiveAIS
+from harness.annealing import Annealing, Kernels, schedule
+from harness.estimators import StreamedLogMeanExp
+from harness.evaluator import EvaluationRun, Measurement
+from harness.method import Fit
+from harness.model import HasClosedForm, LatentModel
+from harness.problem import MLPSpec, Problem, placed
+from harness.registry import Registry
+from harness.starts import GaussianStart
+
+CPU = torch.device("cpu")
+LOG = logging.getLogger("benchmarks.ais")
+FITS = os.environ.get("HARNESS_BENCHMARK_FITS", "")
+REGISTRY = Registry.discover()
+CHAINS, LEAPFROG = 16, 10
+NAIVE_STEPS = [0.01, 0.1]  # what public code sets out from, and what a patient user might find
+
+
+def stream(seed: int) -> torch.Generator:
+    found = torch.Generator()
+    found.manual_seed(seed)
+    return found
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def tell(benchmark: BenchmarkFixture, group: str, **facts: Any) -> None:
+    """Keep facts beside the times, and show them."""
+    benchmark.group = group
+    benchmark.extra_info |= {"threads": torch.get_num_threads(), **facts}
+    LOG.info("%s: %s", group, json.dumps(benchmark.extra_info, indent=1))
+
+
+# Seconds a transition and their growth, at the size of MNIST
+
+
+def mnist_sized(images: int) -> tuple[Annealing, LatentModel, torch.Tensor]:
+    """Path, model and images. Weights are random, since times do not depend on them."""
+    with torch.random.fork_rng(devices=[]):
+        model = MLPSpec(latent_dim=32).new_model((28, 28))
+    x = (torch.rand(images, 28, 28, generator=stream(0)) < 0.2).float()
+    start = GaussianStart(torch.ones(images, 32), torch.zeros(images, 32))
+    return Annealing(model, x, start, CHAINS, LEAPFROG, 2**30), model, x
+
+
+def annealed(path: Annealing, transitions: int) -> None:
+    steps = torch.full((transitions, path.observations), 0.05)
+    with torch.no_grad():
+        path.forward(Kernels(schedule("linear", transitions + 1), steps, LEAPFROG), stream(0))
+
+
+def test_seconds_per_transition(benchmark: BenchmarkFixture) -> None:
+    transitions = 4
+    path, model, x = mnist_sized(100)
+    naive = NaiveAIS(temperatures=transitions, chains=CHAINS, leapfrog=LEAPFROG)
+    ours: list[float] = []
+    theirs: list[float] = []
+
+    def take_turns() -> None:
+        ours.append(seconds(lambda: annealed(path, transitions)))
+        theirs.append(seconds(lambda: naive.log_weights(model, x, stream(0))))
+
+    benchmark.pedantic(take_turns, rounds=9, warmup_rounds=1)
+    ratios = [b / a for a, b in zip(ours[1:], theirs[1:], strict=True)]
+    tell(
+        benchmark,
+        "annealing, 100 images of 784 pixels, 16 chains, 10 leapfrog steps",
+        ms_per_transition=1000 * statistics.median(ours) / transitions,
+        naive_ms_per_transition=1000 * statistics.median(theirs) / transitions,
+        ratio=statistics.median(ratios),
+        ratios=sorted(ratios),
+    )
+
+
+GROWTH = {"temperatures": [(100, n) for n in (2, 4, 8)], "images": [(n, 4) for n in (50, 100, 200)]}
+
+
+@pytest.mark.parametrize("what", GROWTH)
+def test_growth_is_linear(benchmark: BenchmarkFixture, what: str) -> None:
+    """The log-log slope of seconds against transitions and images."""
+    sizes = [images if what == "images" else transitions for images, transitions in GROWTH[what]]
+    paths = [(mnist_sized(images)[0], transitions) for images, transitions in GROWTH[what]]
+    rounds: list[list[float]] = []
+
+    def take_turns() -> None:
+        rounds.append([seconds(lambda work=work: annealed(*work)) for work in paths])
+
+    benchmark.pedantic(take_turns, rounds=5, warmup_rounds=1)
+    slopes = [float(np.polyfit(np.log(sizes), np.log(found), 1)[0]) for found in rounds[1:]]
+    tell(benchmark, f"annealing, growth with {what}", sizes=sizes, slope=statistics.median(slopes), slopes=slopes)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a process's own peak is read from /proc")
+def test_memory(benchmark: BenchmarkFixture) -> None:
+    """Where everything at once would take more than the budget."""
+    budget_mib, images = 64, 400
+    here = Path(__file__).parent
+
+    def grown(who: str) -> float:
+        command = [sys.executable, here / "peak_memory.py", who, str(images), str(budget_mib)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])}
+        return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout) / 2**20
+
+    ours = benchmark.pedantic(lambda: grown("ours"), rounds=1)
+    naive = grown("naive")
+    tell(benchmark, "annealing, memory", budget_mib=budget_mib, images=images, peak_mib=ours, naive_peak_mib=naive)
+    assert ours < budget_mib < naive
+
+
+# Time at equal error, error at equal time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A VAE's fit whose log-likelihoods are estimated, and by how much work.
+
+    Args:
+        problem, budget: As on the command line.
+        temperatures: Of ours.
+        naive: Temperatures of the naive implementation, ascending.
+        reference: Temperatures of the run of ours that stands for the truth where that has no closed form.
+    """
+
+    problem: str
+    budget: str
+    observations: int
+    temperatures: tuple[int, ...]
+    naive: tuple[int, ...]
+    reference: int = 0
+
+    def measure(self, evaluator: str, temperatures: int, seed: int) -> Measurement:
+        """The first metric of an evaluator with the settings of this benchmark."""
+        settings = {"observations": self.observations, "chains": CHAINS, "leapfrog": LEAPFROG}
+        options = ",".join(f"{name}={value}" for name, value in {**settings, "temperatures": temperatures}.items())
+        (chosen,) = REGISTRY.select("evaluators", f"{evaluator}[{options}]")
+        with torch.no_grad():
+            return chosen.measure(fitted(self), problem_of(self), self.run(seed))[0]
+
+    def run(self, seed: int) -> EvaluationRun:
+        problem = problem_of(self)
+        return EvaluationRun(placed(problem, CPU, torch.float32), problem, CPU, torch.float32, seed)
+
+
+CASES = [
+    Case(
+        problem="linear-gaussian[latent_dim=32,data_dim=64,noise=0.3]",
+        budget="steps=4000",
+        observations=50,
+        temperatures=(100,),
+        naive=(100, 300, 900),
+    ),
+    Case(
+        problem="digits[latent_dim=8]",
+        budget="steps=2000",
+        observations=50,
+        temperatures=(100,),
+        naive=(100, 300, 900),
+        reference=800,
+    ),
+    Case(
+        problem="mnist[latent_dim=32]",
+        budget="steps=20000",
+        observations=100,
+        temperatures=(100, 1000),
+        naive=(200, 600, 1800),
+        reference=4000,
+    ),
+]
+
+
+@cache
+def problem_of(case: Case) -> Problem:
+    (found,) = REGISTRY.select("problems", case.problem)
+    return found
+
+
+@cache
+def fitted(case: Case) -> Fit:
+    if not case.problem.startswith("mnist"):
+        return harness.fit("vae", case.problem, budget=case.budget)
+    records = harness.compare("vae", case.problem, seeds=1, budget=case.budget, evaluators="elbo", out=FITS)
+    return harness.load(FITS, records["job_id"].iloc[0])
+
+
+@cache
+def truth(case: Case) -> tuple[np.ndarray, Mapping[str, float]]:
+    """log p(x) of the observations, shape (N,), and what is known of its error."""
+    model = fitted(case).model
+    if isinstance(model, HasClosedForm):
+        return model.log_evidence(case.run(0).data.scored(case.observations)[0]).numpy(), {}
+    reference = case.measure("ais", case.reference, seed=1)
+    gap = case.measure("bdmc", case.reference // 4, seed=1)
+    return reference.values, {"reference_stderr": reference.stderr, "bdmc_gap_at_a_quarter_of_reference": gap.value}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Seconds of a run, and the root of its mean squared error over the observations, nats."""
+
+    temperatures: int
+    seconds: float
+    error: float
+
+    @staticmethod
+    def of(estimate: Callable[[], np.ndarray], case: Case, temperatures: int) -> Outcome:
+        start = time.perf_counter()
+        values = estimate()
+        taken = time.perf_counter() - start
+        return Outcome(temperatures, taken, float(np.sqrt(np.square(values - truth(case)[0]).mean())))
+
+    @staticmethod
+    def merged(outcomes: Sequence[Outcome]) -> Outcome:
+        return Outcome(
+            outcomes[0].temperatures,
+            statistics.median(outcome.seconds for outcome in outcomes),
+            math.sqrt(statistics.fmean(outcome.error**2 for outcome in outcomes)),
+        )
+
+
+def our_turn(case: Case, temperatures: int, seed: int) -> Outcome:
+    """All of it: the moments of the posterior, the pilot and the run."""
+    return Outcome.of(lambda: case.measure("ais", temperatures, seed).values, case, temperatures)
+
+
+def naive_turn(case: Case, temperatures: int, step: float, seed: int) -> Outcome:
+    model = copy.deepcopy(fitted(case).model).requires_grad_(True)
+    x = case.run(seed).data.scored(case.observations)[0]
+    naive = NaiveAIS(temperatures=temperatures, chains=CHAINS, leapfrog=LEAPFROG, step=step)
+    return Outcome.of(lambda: log_mean(naive.log_weights(model, x, stream(seed))), case, temperatures)
+
+
+def log_mean(log_w: torch.Tensor) -> np.ndarray:
+    return estimated(log_w).value().numpy()
+
+
+def estimated(log_w: torch.Tensor) -> StreamedLogMeanExp:
+    found = StreamedLogMeanExp()
+    found.add(log_w)
+    return found
+
+
+def against(ours: Outcome, naive: Sequence[Outcome]) -> dict[str, Any]:
+    """Ratios at equal error and at equal time, on the naive runs' log-log curve; it is not continued beyond its ends.
+
+    Where it does not reach our error, the ratio of times is a lower bound, from its longest run.
+    """
+    times, errors = np.log([run.seconds for run in naive]), np.log([run.error for run in naive])
+    reached, is_bound = times[-1], "at least"
+    for a, b in pairwise(range(len(naive))):
+        if errors[b] <= math.log(ours.error) < errors[a]:
+            part = (errors[a] - math.log(ours.error)) / (errors[a] - errors[b])
+            reached, is_bound = times[a] + part * (times[b] - times[a]), "equal"
+            break
+    if errors[0] <= math.log(ours.error):
+        reached, is_bound = times[0], "at most"
+    equal_time = math.exp(np.interp(math.log(ours.seconds), times, errors))
+    return {
+        "temperatures": ours.temperatures,
+        "seconds": ours.seconds,
+        "error": ours.error,
+        "time_ratio_at_equal_error": math.exp(reached) / ours.seconds,
+        "time_ratio_is": is_bound,
+        "error_ratio_at_equal_time": equal_time / ours.error,
+    }
+
+
+@pytest.mark.parametrize("step", NAIVE_STEPS, ids="step={}".format)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.problem.partition("[")[0])
+def test_equal_error(benchmark: BenchmarkFixture, case: Case, step: float) -> None:
+    if case.problem.startswith("mnist") and not FITS:
+        pytest.skip("HARNESS_BENCHMARK_FITS is not set: it is the folder that keeps the fit to MNIST")
+    known = truth(case)[1]
+    ours: list[list[Outcome]] = []
+    naive: list[Outcome] = []
+
+    def take_turns() -> None:
+        for seed, temperatures in enumerate(case.naive):
+            naive.append(naive_turn(case, temperatures, step, seed))
+            ours.append([our_turn(case, n, seed) for n in case.temperatures])
+
+    benchmark.pedantic(take_turns, rounds=1)
+    tell(
+        benchmark,
+        f"annealing at equal error, {case.problem}, naive step {step}",
+        observations=case.observations,
+        naive=[vars(run) for run in naive],
+        ours=[against(Outcome.merged(outcomes), naive) for outcomes in zip(*ours, strict=True)],
+        **known,
+    )
+
+
+# The naive implementation is correct
+
+
+def test_the_naive_weights_are_unbiased() -> None:
+    """On a linear-Gaussian model with few temperatures; four standard errors: one failure in 16,000 were it true."""
+    problem = REGISTRY.select("problems", "linear-gaussian")[0]
+    model = problem.model_spec().new_model((problem.data_dim,)).float()
+    x = placed(problem, CPU, torch.float32).scored(4)[0]
+    naive = NaiveAIS(temperatures=20, chains=4000, leapfrog=3, step=0.2)
+    ratio = torch.exp(naive.log_weights(model, x, stream(0)).double() - model.log_evidence(x))
+    stderr = ratio.std(0) / math.sqrt(naive.chains)
+    assert (stderr < 0.1).all()
+    assert ((ratio.mean(0) - 1).abs() < 4 * stderr).all()
+
+
+def test_the_naive_estimate_approaches_the_closed_form() -> None:
+    problem = REGISTRY.select("problems", "linear-gaussian[noise=0.3]")[0]
+    model = problem.model_spec().new_model((problem.data_dim,)).float()
+    x = placed(problem, CPU, torch.float32).scored(10)[0]
+    log_w = NaiveAIS(temperatures=1000, chains=CHAINS, leapfrog=5, step=0.1).log_weights(model, x, stream(0))
+    found = estimated(log_w)
+    assert (found.stderr() < 0.2).all()
+    assert ((found.value() - model.log_evidence(x)).abs() < 4 * found.stderr() + 0.05).all()
