@@ -121,7 +121,11 @@ def test_training_step(benchmark: BenchmarkFixture, reached: Any, method: Method
     benchmark.pedantic(synchronised(step), rounds=30, iterations=5, warmup_rounds=3)
 
 
-@pytest.mark.parametrize("evaluator", things("evaluators"))
+USUAL = [parameter for parameter in things("evaluators") if parameter.values[0].by_default]
+"""The others take minutes each; annealing has benchmarks of its own."""
+
+
+@pytest.mark.parametrize("evaluator", USUAL)
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("method", METHODS)
 def test_evaluation(
