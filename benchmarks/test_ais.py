@@ -188,15 +188,15 @@ CASES = [
         budget="steps=4000",
         observations=50,
         temperatures=(100,),
-        naive=(100, 300, 900),
+        naive=(100, 500, 2500),
     ),
     Case(
         problem="digits[latent_dim=8]",
         budget="steps=2000",
-        observations=50,
+        observations=20,
         temperatures=(100,),
         naive=(100, 300, 900),
-        reference=800,
+        reference=500,
     ),
     Case(
         problem="mnist[latent_dim=32]",
