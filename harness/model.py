@@ -78,15 +78,57 @@ class CanSimulate(Protocol):
 
 
 @runtime_checkable
-class HasClosedForm(Protocol):
-    """A model whose evidence and posterior are known in closed form."""
+class HasEvidence(Protocol):
+    """A model whose evidence is known: in closed form, or by a quadrature of its own that is exact to rounding."""
 
     def log_evidence(self, x: Tensor) -> Tensor:
         """log p(x): (N, *E) -> (N,), nats."""
         ...
 
+
+@runtime_checkable
+class HasClosedForm(HasEvidence, Protocol):
+    """A model whose posterior is a Gaussian that is known too."""
+
     def exact_posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (N, D) and covariance (D, D) of the Gaussian p(z|x)."""
+        ...
+
+
+@runtime_checkable
+class HasExactDraws(Protocol):
+    """A model whose exact posterior can be sampled without a Markov chain."""
+
+    def sample_exact_posterior(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        """Independent draws from p(z|x): x (N, *E) -> (n, N, D), of the dtype of x."""
+        ...
+
+
+@runtime_checkable
+class HasQuantities(Protocol):
+    """A model whose latents have names, or functions that are worth reporting (a scale on its natural scale ...)."""
+
+    def quantities(self, z: Tensor) -> dict[str, Tensor]:
+        """Scalar functions of a latent by name: (..., D) -> each (...)."""
+        ...
+
+    def exact_moments(self, x: Tensor) -> dict[str, tuple[float, float]]:
+        """Posterior mean and standard deviation of each quantity, for the one observation x (1, *E)."""
+        ...
+
+
+@runtime_checkable
+class HasModes(Protocol):
+    """A model whose posterior, given its one observation, has separate modes.
+
+    Args:
+        mode_weights: The exact posterior probability of each mode; they add up to 1.
+    """
+
+    mode_weights: dict[str, float]
+
+    def mode_of(self, z: Tensor) -> Tensor:
+        """Which mode a latent belongs to, as an index into ``mode_weights``: (..., D) -> (...), int64."""
         ...
 
 

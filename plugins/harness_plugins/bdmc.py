@@ -21,7 +21,7 @@ from harness import hookimpl
 from harness.annealing import AnnealedEvaluator, OnMove
 from harness.evaluator import EvaluationRun, Kind, Measurement
 from harness.method import Fit
-from harness.model import CanSimulate, HasClosedForm
+from harness.model import CanSimulate, HasEvidence
 from harness.problem import Problem
 
 SIMULATED = "simulated"
@@ -62,7 +62,7 @@ class BDMC(AnnealedEvaluator):
             ("simulated_log_likelihood", lower.value(), lower.stderr(), "stochastic lower bound", ""),
             ("simulated_log_likelihood_upper", -upper.value(), upper.stderr(), "stochastic upper bound", ""),
         ]
-        if isinstance(fit.model, HasClosedForm):
+        if isinstance(fit.model, HasEvidence):
             exact = fit.model.log_evidence(x).double()
             measured.append(("simulated_log_likelihood_exact", exact, torch.zeros_like(exact), "exact", ""))
         return [

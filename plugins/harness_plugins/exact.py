@@ -24,7 +24,7 @@ from harness import hookimpl
 from harness.estimators import BLOCK_ELEMENTS, SMALLEST_EVENT, posterior_means
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
 from harness.method import Diverged, Fit
-from harness.model import HasClosedForm, LatentModel
+from harness.model import HasEvidence, LatentModel
 from harness.posterior import HasDensity
 from harness.problem import Problem
 
@@ -54,13 +54,13 @@ class Exact(Evaluator):
     samples: Annotated[int, Field(ge=2)] = 100
 
     def undefined(self, fit: Fit, problem: Problem) -> str | None:
-        if isinstance(fit.model, HasClosedForm) or fit.model.latent_dim <= 2:
+        if isinstance(fit.model, HasEvidence) or fit.model.latent_dim <= 2:
             return None
         return "needs a closed form or at most 2 latent dimensions"
 
     def measure(self, fit: Fit, problem: Problem, run: EvaluationRun) -> list[Measurement]:
         x, indices = run.data.scored(self.observations)
-        if isinstance(fit.model, HasClosedForm):
+        if isinstance(fit.model, HasEvidence):
             log_p, settings = fit.model.log_evidence(x).double(), {"method": "closed form"}
         else:
             log_p, settings = quadrature(fit.model, x, self.tolerance, self.points)

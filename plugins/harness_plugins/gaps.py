@@ -40,7 +40,7 @@ from harness.annealing import AnnealedEvaluator
 from harness.estimators import observation_blocks, posterior_means, sample_blocks
 from harness.evaluator import EvaluationRun, Kind, Measurement
 from harness.method import Fit
-from harness.model import HasClosedForm, LatentModel
+from harness.model import HasEvidence, LatentModel
 from harness.posterior import HasDensity, HasLocalFamily, LocalFamily
 from harness.problem import Problem
 
@@ -98,7 +98,7 @@ class Gaps(AnnealedEvaluator):
     discriminator_steps: PositiveInt = discrimination.Check.steps
 
     def undefined(self, fit: Fit, problem: Problem) -> str | None:
-        return None if isinstance(fit.model, HasClosedForm) else self.unstartable(fit)
+        return None if isinstance(fit.model, HasEvidence) else self.unstartable(fit)
 
     def measure(self, fit: Fit, problem: Problem, run: EvaluationRun) -> list[Measurement]:
         x, indices = run.data.scored(self.observations)
@@ -123,7 +123,7 @@ class Gaps(AnnealedEvaluator):
         ]
 
     def _log_likelihood(self, fit: Fit, x: Tensor, run: EvaluationRun) -> LogLikelihood:
-        if isinstance(fit.model, HasClosedForm):
+        if isinstance(fit.model, HasEvidence):
             log_p = fit.model.log_evidence(x).double()
             return LogLikelihood(log_p, torch.zeros_like(log_p), True, {"log_likelihood": "closed form"})
 

@@ -181,7 +181,7 @@ def test_kernels_are_tuned_without_a_look_at_the_exact_z(oracle, monkeypatch: py
     one, two = kernels
     assert torch.equal(one.steps, two.steps)
     assert one.betas == two.betas
-    assert np.array_equal(*lowers)
+    assert np.array_equal(lowers[0], lowers[1])
     assert not np.isclose(uppers[0], uppers[1]).any()
 
 
