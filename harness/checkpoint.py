@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping
@@ -51,7 +50,7 @@ class StoredCheckpoint(Checkpoint):
         self.on_resumed = on_resumed
         self.places: list[Facts] = [{column: environment.get(column) for column in _PLACE}]
         self._next = EVERY
-        self._warned = False
+        self._failing = False
 
     def load(self) -> State | None:
         try:
@@ -74,7 +73,8 @@ class StoredCheckpoint(Checkpoint):
         return State({name.removeprefix("method/"): tensor for name, tensor in tensors.items()}, facts["method"])
 
     def due(self) -> bool:
-        return self.stop.asked() or self.run.clock.elapsed_on_host() >= self._next
+        asked = self.stop.asked() and (not self._failing or self.stop.signal is not None)
+        return asked or self.run.clock.elapsed_on_host() >= self._next
 
     def save(self, state: State, step: int, fraction: float) -> None:
         clock = self.run.clock
@@ -83,7 +83,7 @@ class StoredCheckpoint(Checkpoint):
         with clock.aside():
             written = self._write(state, {**spent, "places": self.places, "method": dict(state.facts)})
         self._next = seconds + max(EVERY, (clock.now() - began) / COST)
-        if written or self.stop.signal is not None:  # a fit whose state cannot be kept had better go on
+        if written or self.stop.signal is not None:  # out of time, a fit that cannot be kept had better go on
             self.stop.obey()
 
     def _write(self, state: State, facts: Facts) -> bool:
@@ -92,12 +92,12 @@ class StoredCheckpoint(Checkpoint):
         try:
             self.store.write_checkpoint(self.job_id, {**arrays, "curve": _array(self.run.curve)}, facts)
         except OSError as error:
-            if not self._warned:
+            if not self._failing:
                 log.warning("%s: %s; the fit goes on, but for now it cannot be taken up again from where it is",
                             error.filename, error.strerror or error)  # fmt: skip
-            self._warned = True
+            self._failing = True
             return False
-        self._warned = False
+        self._failing = False
         return True
 
     def facts(self) -> Facts:
@@ -110,8 +110,11 @@ class StoredCheckpoint(Checkpoint):
 
 def _array(curve: list[CurvePoint]) -> np.ndarray:
     """A curve as an array of float64, shape (P, 4); nan where there was no validation."""
-    rows = [dataclasses.astuple(point) for point in curve]
-    return np.array([[math.nan if value is None else value for value in row] for row in rows]).reshape(-1, 4)
+    rows = [
+        (point.step, point.seconds, point.objective, math.nan if point.validation is None else point.validation)
+        for point in curve
+    ]
+    return np.array(rows, dtype=np.float64).reshape(-1, 4)
 
 
 def _points(rows: list[list[float]]) -> list[CurvePoint]:
