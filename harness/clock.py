@@ -28,6 +28,7 @@ class Clock:
         self.peak_bytes: dict[str, int] = {}
         self._started = 0.0
         self._paused = 0.0
+        self._peak = 0
 
     def now(self) -> float:
         """Monotonic seconds after all work queued on the device is done."""
@@ -38,12 +39,12 @@ class Clock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         _reset_peak(self.device)
-        self._started, self._paused = self.now(), 0.0
+        self._started, self._paused, self._peak = self.now(), 0.0, 0
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + self.elapsed()
-            self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), _peak(self.device))
+            self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), self.peak())
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -54,9 +55,31 @@ class Clock:
         finally:
             self._paused += self.now() - started
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Neither the time spent nor the memory taken inside is counted in the current phase."""
+        self._peak = self.peak()
+        try:
+            with self.paused():
+                yield
+        finally:
+            _reset_peak(self.device)
+
+    def resume(self, seconds: float, peak_bytes: int) -> None:
+        """Let the current phase be the continuation of an earlier part that took so much; what it has had is void."""
+        self._started, self._paused, self._peak = self.now() - seconds, 0.0, peak_bytes
+
     def elapsed(self) -> float:
         """Seconds of the current phase, pauses apart."""
         return self.now() - self._started - self._paused
+
+    def elapsed_on_host(self) -> float:
+        """The same as the host sees it: it does not wait for work queued on the device."""
+        return time.perf_counter() - self._started - self._paused
+
+    def peak(self) -> int:
+        """Peak bytes of the current phase."""
+        return max(self._peak, _peak(self.device))
 
 
 def _reset_peak(device: torch.device) -> None:

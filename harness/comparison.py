@@ -16,7 +16,7 @@ from harness.evaluator import Evaluator
 from harness.executors import LocalExecutor
 from harness.job import Job, fit_in_memory, restored, run_job
 from harness.method import CurvePoint, Fit, Method
-from harness.options import UserError, unknown
+from harness.options import UserError, parse_seconds, unknown
 from harness.planning import (
     Comparison,
     PlannedJob,
@@ -29,6 +29,7 @@ from harness.planning import (
 )
 from harness.problem import DeviceData, Problem, placed
 from harness.registry import Registry
+from harness.stopping import Stop
 from harness.store import Store
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Progress(Protocol):
 
     def started(self, jobs: int) -> None: ...
     def job_started(self, index: int, job: PlannedJob) -> None: ...
+    def resumed(self, fraction: float, step: int) -> None: ...
     def step(self, fraction: float, step: int, objective: float, seconds: float) -> None: ...
     def measuring(self, evaluator: str) -> None: ...
     def measured(self, fraction: float, facts: str) -> None: ...
@@ -54,6 +56,7 @@ class Silent:
 
     def started(self, jobs: int) -> None: ...
     def job_started(self, index: int, job: PlannedJob) -> None: ...
+    def resumed(self, fraction: float, step: int) -> None: ...
     def step(self, fraction: float, step: int, objective: float, seconds: float) -> None: ...
     def measuring(self, evaluator: str) -> None: ...
     def measured(self, fraction: float, facts: str) -> None: ...
@@ -73,6 +76,7 @@ def compare(
     out: str | Path = DEFAULT_OUT,
     plugins: Iterable[str | Path] = (),
     retry: Iterable[str] = (),
+    stop_after: float | str | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Fit every method to every problem from every seed, measure all fits alike, and keep everything under ``out``.
@@ -85,15 +89,19 @@ def compare(
         seeds: How many (0, 1, ...), or which.
         budget: ``steps=5000`` and the like for all problems; each problem's own default unless given.
         retry: Statuses (``failed`` ...) of finished jobs that are to be tried again.
+        stop_after: Seconds after which this run ends at the next checkpoint, or before the next job or measurement; the
+            same call goes on from there. To the end unless given.
 
     Returns:
         The records of this comparison, one row per measurement.
 
     Raises:
         UserError: For any mistake in the arguments, before anything is run.
+        Stopped: If the run has ended before its work was done; a KeyboardInterrupt.
     """
+    stop = _stop(stop_after)
     comparison = resolve(methods, problems, seeds, budget, evaluators, device, precision, plugins, retry)
-    return _execute(comparison, Store.create(out), progress or Silent())
+    return _execute(comparison, Store.create(out), progress or Silent(), stop)
 
 
 def plan(
@@ -108,8 +116,10 @@ def plan(
     out: str | Path = DEFAULT_OUT,
     plugins: Iterable[str | Path] = (),
     retry: Iterable[str] = (),
+    stop_after: float | str | None = None,
 ) -> list[PlannedJob]:
     """Every job that `compare` with the same arguments would look at, done or not; runs none and writes nothing."""
+    _stop(stop_after)
     comparison = resolve(methods, problems, seeds, budget, evaluators, device, precision, plugins, retry)
     return [comparison.planned(job, Store(out)) for job in comparison.jobs]
 
@@ -134,7 +144,7 @@ def evaluate(
     place = find_device(device)
     facts = [store.job(job_id) for job_id in store.job_ids()]
     jobs = [job for found in facts if found and found["status"] == "ok" and (job := stored_job(registry, found, place))]
-    return _execute(Comparison(registry, jobs, chosen, place), store, progress or Silent())
+    return _execute(Comparison(registry, jobs, chosen, place), store, progress or Silent(), Stop())
 
 
 def fit(
@@ -154,7 +164,8 @@ def fit(
         Skipped, Diverged: As in `harness.job.fit_in_memory`.
     """
     comparison = resolve(method, problem, [seed], budget, None, device, precision, plugins, ())
-    return fit_in_memory(_one(comparison.jobs, "fit"))[0]
+    job: Job = _one(comparison.jobs, "fit")
+    return fit_in_memory(job, job.new_run())
 
 
 def load(out: str | Path, job_id: str, *, device: str = "auto", plugins: Iterable[str | Path] = ()) -> Fit:
@@ -192,7 +203,7 @@ def _one(items: Sequence[Any], what: str) -> Any:
 # Execution
 
 
-def _execute(comparison: Comparison, store: Store, progress: Progress) -> pd.DataFrame:
+def _execute(comparison: Comparison, store: Store, progress: Progress, stop: Stop) -> pd.DataFrame:
     """Work on what is not done yet; the derived tables are written whatever happens."""
     tasks = [(job, entry) for job in comparison.jobs if not (entry := comparison.planned(job, store)).done]
     if not tasks:
@@ -203,9 +214,22 @@ def _execute(comparison: Comparison, store: Store, progress: Progress) -> pd.Dat
 
     def work(task: tuple[Job, PlannedJob]) -> None:
         job, entry = task
-        progress.job_started(next(counter), entry)
+        number = next(counter)
+        if number > 1:  # a run gets something done, however short its time
+            stop.obey()
+        progress.job_started(number, entry)
         comparison.registry.notify("harness_job_started", job=job)
-        outcome = run_job(job, entry.waiting, store, facts, _reporter(progress), progress.measuring, progress.measured)
+        outcome = run_job(
+            job,
+            entry.waiting,
+            store,
+            facts,
+            _reporter(progress),
+            progress.measuring,
+            progress.measured,
+            progress.resumed,
+            stop,
+        )
         progress.job_finished(entry, outcome.status, outcome.reason)
         comparison.registry.notify("harness_job_finished", job=job, outcome=outcome)
 
@@ -216,6 +240,10 @@ def _execute(comparison: Comparison, store: Store, progress: Progress) -> pd.Dat
         progress.finished()
         records = store.derive()
     return _of(comparison, records)
+
+
+def _stop(after: float | str | None) -> Stop:
+    return Stop() if after is None else Stop(parse_seconds("stop-after", after))
 
 
 def _of(comparison: Comparison, records: pd.DataFrame) -> pd.DataFrame:

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from harness import estimators, evaluator, method, model, nn, posterior, problem, seeding, training
+from harness import estimators, evaluator, method, minibatches, model, nn, posterior, problem, seeding, training
+from harness.checkpoint import StoredCheckpoint
 from harness.clock import Clock
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
 from harness.gallery import gallery
@@ -25,13 +26,15 @@ from harness.problem import DeviceData, Problem, TrainingView, class_sources, lo
 from harness.record import SCHEMA
 from harness.registry import Plugin
 from harness.seeding import Streams, derive, isolated
+from harness.stopping import Stop
 from harness.store import Facts, Store
 
 Precision = Literal["float32", "float64"]
 OnProgress = Callable[[float, CurvePoint], None]
+OnResumed = Callable[[float, int], None]
 OnMeasured = Callable[[float, str], None]
 
-_FIT_SOURCES = (seeding, model, posterior, nn, problem, method, training)
+_FIT_SOURCES = (seeding, model, posterior, nn, problem, minibatches, method, training)
 _MEASURE_SOURCES = (evaluator, estimators)
 
 
@@ -97,6 +100,9 @@ class Job:
     def training_view(self) -> TrainingView:
         return self.problem.training_view(self.data(), self.streams)
 
+    def new_run(self, on_progress: OnProgress = lambda fraction, point: None) -> Run:
+        return Run(self.device, self.dtype, self.budget, self.streams, Clock(self.device), on_progress)
+
     def facts(self) -> Facts:
         """The columns of a record that are known before the job runs."""
         data = loaded(self.problem)
@@ -144,14 +150,17 @@ def is_measured(job: Job, by: Evaluator, store: Store, retry: Collection[str] = 
     return facts is not None and facts["key"] == key and not any(found["status"] in retry for found in facts["rows"])
 
 
-def fit_in_memory(job: Job, on_progress: OnProgress = lambda fraction, point: None) -> tuple[Fit, Clock, Run]:
-    """Fit a job; nothing is stored. The process-wide random state is as before when it returns or raises.
+def fit_in_memory(job: Job, run: Run) -> Fit:
+    """Fit a job; the fit is not stored. The process-wide random state is as before when it returns or raises.
+
+    Args:
+        run: A new one of the job's.
 
     Raises:
         Skipped: If the method declares itself unfit for the problem.
         Diverged: If numbers are no longer finite.
     """
-    clock, streams = Clock(job.device), job.streams
+    clock = run.clock
     with isolated(derive("job", job.job_id)):
         with clock.phase("load"):
             view = job.training_view()
@@ -160,10 +169,9 @@ def fit_in_memory(job: Job, on_progress: OnProgress = lambda fraction, point: No
             raise Skipped(reason)
         with clock.phase("warm-up"):
             training.warm_up(job.device, job.dtype)
-        run = Run(job.device, job.dtype, job.budget, streams, clock, on_progress)
-        with clock.phase("fit"), streams.initial_weights(shared=False):
+        with clock.phase("fit"), run.streams.initial_weights(shared=False):
             fit = job.method.fit(view, run)
-    return dataclasses.replace(fit, curve=tuple(run.curve), seconds=clock.seconds["fit"]), clock, run
+    return dataclasses.replace(fit, curve=tuple(run.curve), seconds=clock.seconds["fit"])
 
 
 class Skipped(Exception):
@@ -185,21 +193,33 @@ def run_job(
     on_progress: OnProgress = lambda fraction, point: None,
     on_measuring: Callable[[str], None] = lambda name: None,
     on_measured: OnMeasured = lambda fraction, facts: None,
+    on_resumed: OnResumed = lambda fraction, step: None,
+    stop: Stop | None = None,
 ) -> JobOutcome:
     """Fit a job, unless its fit is stored, and measure it by each of the evaluators; store everything.
 
-    Whatever the method or an evaluator raises becomes a status; only interrupts get through.
+    Whatever the method or an evaluator raises becomes a status; only interrupts get through. A fit that is interrupted
+    keeps a checkpoint first, if its method uses them.
+
+    Raises:
+        Stopped: If the run is to end before the job is done.
     """
+    stop = stop or Stop()
     facts = store.job(job.job_id)
     if facts is None or facts["status"] != "ok":
-        outcome, fit = _fit_and_store(job, store, environment, on_progress)
+        fit_run = job.new_run(on_progress)
+        fit_run.checkpoint = checkpoint = StoredCheckpoint(fit_run, store, job.job_id, environment, stop, on_resumed)
+        with stop.interrupts_wait():
+            outcome, fit = _fit_and_store(job, checkpoint, store, environment)
     else:
         outcome, fit = JobOutcome("ok"), None
     if outcome.status != "ok":
         return outcome
     the_fit = cache(lambda: fit or restored(job, store))
     run = EvaluationRun(job.data(), job.problem, job.device, job.dtype, job.seed, on_measured)
-    for by in evaluators:
+    for number, by in enumerate(evaluators):
+        if number or fit is not None:  # a run gets something done, however short its time
+            stop.obey()
         on_measuring(by.name)
         measured = _measure_and_store(job, by, the_fit, run, store)
         outcome = measured if measured.status == "failed" else outcome
@@ -207,14 +227,14 @@ def run_job(
 
 
 def _fit_and_store(
-    job: Job, store: Store, environment: Mapping[str, Any], on_progress: OnProgress
+    job: Job, checkpoint: StoredCheckpoint, store: Store, environment: Mapping[str, Any]
 ) -> tuple[JobOutcome, Fit | None]:
     facts = {**job.facts(), **environment, "started_at": datetime.now(UTC).isoformat(timespec="seconds")}
-    facts |= {"timing_valid": True, "shared_clock": False}
-    fit, text = None, ""
+    facts |= {"shared_clock": False}
+    run, fit, text = checkpoint.run, None, ""
     try:
-        fit, clock, run = fit_in_memory(job, on_progress)
-        facts |= _spent(fit, clock)
+        fit = fit_in_memory(job, run)
+        facts |= _spent(fit, run.clock)
         state = {name: tensor.cpu().contiguous().numpy() for name, tensor in fit.state.items()}
         curve = [dataclasses.asdict(point) for point in run.curve]
         with isolated(derive("gallery", job.job_id)):
@@ -226,7 +246,10 @@ def _fit_and_store(
         outcome = JobOutcome("diverged", str(error))
     except (Exception, SystemExit) as error:  # a method may fail in any way; the other jobs go on
         outcome, text = JobOutcome("failed", f"{type(error).__name__}: {error}"), traceback.format_exc()
-    store.write_job(job.job_id, {**facts, "status": outcome.status, "reason": outcome.reason}, text)
+    facts |= {**checkpoint.facts(), "status": outcome.status, "reason": outcome.reason}
+    store.write_job(job.job_id, facts, text)
+    if outcome.status != "failed":  # what failed (the disk was full ...) may be tried again from where it was
+        store.remove_checkpoint(job.job_id)
     return outcome, fit
 
 

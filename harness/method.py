@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from harness.clock import Clock
+from harness.minibatches import Minibatches
 from harness.model import LatentModel
 from harness.options import Configurable, UserError
 from harness.posterior import Posterior
@@ -79,6 +80,59 @@ class CurvePoint:
     validation: float | None = None
 
 
+@dataclass(frozen=True)
+class State:
+    """All that a method needs to go on with a fit, bit for bit.
+
+    Args:
+        tensors: Parameters, the optimiser's state, states of random streams and so on. On any device when they are
+            saved, on the CPU when they are loaded.
+        facts: Whatever JSON can hold.
+    """
+
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
+
+
+class Checkpoint(ABC):
+    """How far a fit has come, kept for a later run of the same job.
+
+    The training curve, the seconds on the fit clock and peak memory are kept along with the method's state. A method
+    that keeps nothing starts anew when it has been interrupted.
+    """
+
+    @abstractmethod
+    def load(self) -> State | None:
+        """The state that an earlier run has kept, or None; curve and clock go on from there."""
+
+    @abstractmethod
+    def due(self) -> bool:
+        """Whether a state is to be saved now; cheap enough to be asked at every step."""
+
+    @abstractmethod
+    def save(self, state: State, step: int, fraction: float) -> None:
+        """Keep a state, off the fit clock; it replaces the one before.
+
+        Args:
+            fraction: The part of the budget that is spent, in [0, 1]; 0 where it is not known.
+
+        Raises:
+            Stopped: If the run is to end here.
+        """
+
+
+class NothingKept(Checkpoint):
+    """That of a fit in memory."""
+
+    def load(self) -> State | None:
+        return None
+
+    def due(self) -> bool:
+        return False
+
+    def save(self, state: State, step: int, fraction: float) -> None: ...
+
+
 @dataclass
 class Run:
     """What a fit is handed besides the problem: where, how precisely, how long, and from which random streams."""
@@ -90,30 +144,20 @@ class Run:
     clock: Clock
     on_progress: Callable[[float, CurvePoint], None] = lambda fraction, point: None
     curve: list[CurvePoint] = field(default_factory=list)
+    checkpoint: Checkpoint = field(default_factory=NothingKept)
 
     def generator(self, name: str) -> torch.Generator:
         """A stream of the method's own."""
         return self.streams.own(name)
 
-    def batches(self, split: Split, batch_size: int, purpose: str = "minibatches") -> Iterator[Tensor]:
+    def batches(self, split: Split, batch_size: int, purpose: str = "minibatches") -> Minibatches:
         """Minibatches without end, shape (batch_size, *E); the same for all methods of a comparison.
-
-        One permutation of the data after another, cut into batches: every observation is read equally often.
 
         Args:
             purpose: Names the stream. What not every method reads has a stream of its own.
         """
-        order = self.streams.shared(purpose)
-        binarisation = self.streams.shared("binarisation" if purpose == "minibatches" else f"binarisation/{purpose}")
-        n = len(split)
-        epochs = max(1, math.ceil(64 * batch_size / n))
-        waiting = torch.empty(0, dtype=torch.long, device=self.device)
-        while True:
-            keys = torch.rand(epochs, n, generator=order, device=self.device, dtype=torch.float64)
-            waiting = torch.cat([waiting, keys.argsort(dim=1).flatten()])
-            while waiting.shape[0] >= batch_size:
-                yield split.read(waiting[:batch_size], binarisation)
-                waiting = waiting[batch_size:]
+        binarisation = "binarisation" if purpose == "minibatches" else f"binarisation/{purpose}"
+        return Minibatches(split, batch_size, self.streams.shared(purpose), self.streams.shared(binarisation))
 
     def fraction(self, step: int, examples_per_step: int) -> float:
         """The part of the budget that is spent after ``step`` steps, in [0, 1]; 0 while convergence decides."""

@@ -167,6 +167,21 @@ def _chosen_seeds(seeds: Iterable[int], form: str) -> list[int]:
     return chosen
 
 
+def parse_seconds(what: str, seconds: float | str) -> float:
+    """A positive number of seconds, given as one or as text.
+
+    Raises:
+        UserError: If it is something else.
+    """
+    try:
+        value = float(seconds)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise UserError(f"{what} {seconds!r}: expected a positive number of seconds")
+    return value
+
+
 def parse_selection(text: str) -> list[tuple[str, dict[str, str]]]:
     """Parse ``name[key=value|other,...],name`` into (name, options) pairs; alternatives ``|`` are multiplied out.
 

@@ -33,6 +33,7 @@ class PlannedJob:
 
     Args:
         problem, label: Problem and method with the options that differ from their defaults, for reading.
+        step, fraction: How far its fit has come, if it has a checkpoint; 0 if it has none or if nobody knows.
     """
 
     job_id: str
@@ -44,6 +45,8 @@ class PlannedJob:
     budget: str
     status: str
     waiting: tuple[Evaluator, ...]
+    step: int = 0
+    fraction: float = 0.0
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -76,6 +79,7 @@ class Comparison:
         facts = store.job(job.job_id) or {"status": ""}
         status = "" if facts["status"] in self.retry else facts["status"]
         waiting = [by for by in self.evaluators if not is_measured(job, by, store, self.retry)]
+        reached = (None if status else store.checkpoint_facts(job.job_id)) or {"step": 0, "fraction": 0.0}
         return PlannedJob(
             job.job_id,
             job.problem.label,
@@ -86,6 +90,8 @@ class Comparison:
             str(job.budget),
             status,
             tuple(waiting) if status in ("", "ok") else (),
+            reached["step"],
+            reached["fraction"],
         )
 
 

@@ -15,9 +15,9 @@ JOB_COLUMNS = (
 MEASUREMENT_COLUMNS = (
     "evaluator metric value kind bounds unit stderr stderr_test n_observations settings"
 ).split()  # fmt: skip
-COST_COLUMNS = (
+COST_COLUMNS = (  # of a fit in fit_parts runs: seconds add up, memory is the largest, place and start are the last's
     "fit_seconds fit_steps steps_per_second gradient_evaluations compile_seconds evaluate_seconds peak_memory_bytes "
-    "timing_valid shared_clock"
+    "timing_valid shared_clock fit_parts"
 ).split()
 PLACE_COLUMNS = (
     "device precision step_mode hardware threads torch_version git_commit git_dirty started_at budget bits_per_dim"
@@ -26,6 +26,7 @@ COLUMNS = [*JOB_COLUMNS, *MEASUREMENT_COLUMNS, *COST_COLUMNS, *PLACE_COLUMNS]
 
 TIMING_COLUMNS = [
     "fit_seconds", "steps_per_second", "compile_seconds", "evaluate_seconds", "peak_memory_bytes", "started_at",
+    "fit_parts",
 ]  # fmt: skip
 """Columns in which two runs of the same command on one machine may differ."""
 

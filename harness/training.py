@@ -3,13 +3,14 @@
 A method states its modules, its *players* (who owns which parameters and how they are updated), the shapes of its noise
 and its losses as a pure function; the loop draws the noise, differentiates each loss with respect to its own player's
 parameters only, updates all players at once from one shared forward pass, and never waits for the device in between.
+All that decides the steps to come is explicit state: an interrupted fit goes on from a checkpoint bit for bit.
 """
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from harness.method import CurvePoint, Diverged, Fit, Method, Run
+from harness.method import CurvePoint, Diverged, Fit, Method, Run, State
 from harness.nn import count_parameters
 from harness.posterior import Posterior
 from harness.problem import TrainingView
@@ -103,7 +104,9 @@ class GradientMethod(Method):
 
     def fit(self, view: TrainingView, run: Run) -> Fit:
         modules = _built(self, view)
-        step = _Loop(self, view, run, modules).train()
+        loop = _Loop(self, view, run, modules)
+        loop.resume()
+        step = loop.train()
         evaluations = step * sum(player.steps for player in self.players())
         return self._fit(view, modules, step, evaluations)
 
@@ -169,6 +172,54 @@ class _Owned:
         self.optimiser.param_groups[0]["lr"] = self.player.lr * lr_factor
         self.optimiser.step()
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The parameters, flat, and what the optimiser knows of them."""
+        return {"flat": self.flat, **self.optimiser.state_dict()["state"][0]} if self.parameters else {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if self.parameters:
+            self.flat.copy_(state["flat"])
+            moments = {name: tensor for name, tensor in state.items() if name != "flat"}
+            self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": {0: moments}})
+
+
+class _NoiseStreams:
+    """Standard normal noise for one minibatch after another; each kind has its own stream."""
+
+    def __init__(self, run: Run, shapes: Mapping[str, tuple[int, ...]], purpose: str) -> None:
+        self.run = run
+        self.shapes = shapes
+        self.streams = {name: run.generator(f"{purpose}/{name}") for name in shapes}
+
+    def draw(self, n: int) -> Noise:
+        """Noise for n observations: each of shape (n, *shape)."""
+        place: dict[str, Any] = {"device": self.run.device, "dtype": self.run.dtype}
+        return {
+            name: torch.randn((n, *self.shapes[name]), generator=stream, **place)
+            for name, stream in self.streams.items()
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: stream.get_state() for name, stream in self.streams.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, stream in self.streams.items():
+            stream.set_state(state[name])
+
+
+class _Buffers:
+    """Those tensors of the modules that are no parameters."""
+
+    def __init__(self, modules: Modules) -> None:
+        self.modules = modules
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self.modules.named_buffers())
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, buffer in self.modules.named_buffers():
+            buffer.copy_(state[name])
+
 
 @dataclass
 class _Loop:
@@ -177,6 +228,8 @@ class _Loop:
     run: Run
     modules: Modules
     pending: list[Tensor] = field(default_factory=list)
+    steps: int = 0
+    fraction: float = 0.0
     lr_factor: float = 1.0
 
     def __post_init__(self) -> None:
@@ -185,47 +238,40 @@ class _Loop:
         self.shapes = self.method.noise(self.view)
         self.batches = self.run.batches(self.view.train, self.method.batch_size)
         self.further_batches = self.run.batches(self.view.train, self.method.batch_size, FURTHER)
-        self.noise = self._noise_stream("noise")
+        self.noise = _NoiseStreams(self.run, self.shapes, "noise")
         self.check_every = (
             math.ceil(self.run.budget.amount / VALIDATION_CHECKS)
             if self.run.budget.unit == "steps"
             else CONVERGENCE_CHECK_STEPS
         )
 
-    def _noise_stream(self, purpose: str) -> Iterator[Noise]:
-        """Noise for one minibatch after another; each kind has its own stream."""
-        streams = {name: self.run.generator(f"{purpose}/{name}") for name in self.shapes}
-        while True:
-            yield {name: self._draw(self.method.batch_size, name, stream) for name, stream in streams.items()}
-
-    def _draw(self, n: int, name: str, stream: torch.Generator) -> Tensor:
-        shape = (n, *self.shapes[name])
-        return torch.randn(shape, generator=stream, device=self.run.device, dtype=self.run.dtype)
-
     def train(self) -> int:
         """Train until the budget is spent; returns the number of steps."""
         self.modules.train()
-        fraction, by_clock = 0.0, self.run.budget.unit == "seconds"
+        by_clock = self.run.budget.unit == "seconds"
         batches_per_step = 1 + sum(owned.player.steps - 1 for owned in self.owned if owned.parameters)
-        step, done = 0, False
+        done = False
         while not done:
-            step += 1
+            self.steps += 1
             self.step()
-            if not by_clock or step % CLOCK_EVERY == 0:  # reading the clock waits for the device
-                fraction = self.run.fraction(step, self.method.batch_size * batches_per_step)
-                self.lr_factor = self.method.lr_decay ** max(0.0, (fraction - 0.4) / 0.6)
-            done = fraction >= 1
-            check = done or step % self.check_every == 0
-            if check or step % LOG_EVERY == 0:
-                self._log(step, fraction, check)
+            if not by_clock or self.steps % CLOCK_EVERY == 0:  # reading the clock waits for the device
+                self.fraction = self.run.fraction(self.steps, self.method.batch_size * batches_per_step)
+                self.lr_factor = self.method.lr_decay ** max(0.0, (self.fraction - 0.4) / 0.6)
+            done = self.fraction >= 1
+            check = done or self.steps % self.check_every == 0
+            if check or self.steps % LOG_EVERY == 0:
+                self._log(check)
                 done = done or self.run.converged()
+            if not done and self.run.checkpoint.due():
+                self.run.checkpoint.save(self.state(), self.steps, self.fraction)
         if not all(bool(parameter.isfinite().all()) for parameter in self.modules.parameters()):
-            raise Diverged(f"parameters are not finite after step {step}")
-        return step
+            raise Diverged(f"parameters are not finite after step {self.steps}")
+        return self.steps
 
     def step(self) -> None:
         """All players at once from one shared forward pass, then the further steps of those that take more."""
-        losses = self.method.losses(self.modules, next(self.batches), next(self.noise))
+        size = self.method.batch_size
+        losses = self.method.losses(self.modules, next(self.batches), self.noise.draw(size))
         self.pending.append(losses[self.objective].detach())
         movers = [owned for owned in self.owned if owned.parameters]
         clip_norm = self.method.clip_norm
@@ -235,28 +281,67 @@ class _Loop:
             owned.step(self.lr_factor)
         for owned in movers:
             for _ in range(owned.player.steps - 1):
-                losses = self.method.losses(self.modules, next(self.further_batches), next(self.noise))
+                losses = self.method.losses(self.modules, next(self.further_batches), self.noise.draw(size))
                 owned.differentiate(losses[owned.player.name], clip_norm, keep=False)
                 owned.step(self.lr_factor)
 
-    def _log(self, step: int, fraction: float, check: bool) -> None:
+    def _parts(self) -> dict[str, Any]:
+        """Everything with tensors that a step changes, by name."""
+        players = {f"player {owned.player.name}": owned for owned in self.owned}
+        batches = {"minibatches": self.batches, FURTHER: self.further_batches}
+        return {**players, **batches, "noise": self.noise, "buffers": _Buffers(self.modules)}
+
+    def state(self) -> State:
+        """All that decides the steps to come, besides what the run keeps itself."""
+        tensors = {
+            f"{part}/{name}": tensor
+            for part, thing in self._parts().items()
+            for name, tensor in thing.state_dict().items()
+        }
+        pending = torch.stack(self.pending) if self.pending else torch.empty(0, dtype=self.run.dtype)
+        facts = {"steps": self.steps, "fraction": self.fraction, "lr_factor": self.lr_factor}
+        return State({**tensors, "pending": pending}, facts)
+
+    def resume(self) -> None:
+        """Go on from where an earlier run stopped, if there is such a place.
+
+        Raises:
+            ValueError: If it belongs to other modules.
+        """
+        state = self.run.checkpoint.load()
+        if state is None:
+            return
+        try:
+            for part, thing in self._parts().items():
+                own = {name: tensor for name, tensor in state.tensors.items() if name.startswith(f"{part}/")}
+                thing.load_state_dict({name.removeprefix(f"{part}/"): tensor for name, tensor in own.items()})
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"{self.method.name}: the checkpoint does not fit the modules that build() returns now ({error}); "
+                "delete it from the folder 'checkpoints' to fit anew"
+            ) from error
+        self.pending = list(state.tensors["pending"].to(self.run.device))
+        self.steps, self.fraction = state.facts["steps"], state.facts["fraction"]
+        self.lr_factor = state.facts["lr_factor"]
+
+    def _log(self, check: bool) -> None:
         mean = float(torch.stack(self.pending).mean())
         self.pending.clear()
         seconds = self.run.clock.elapsed()
         validation = self._validate() if check else None
-        self.run.log(CurvePoint(step, seconds, mean, validation), fraction)
+        self.run.log(CurvePoint(self.steps, seconds, mean, validation), self.fraction)
 
     def _validate(self) -> float:
         """The objective on the validation split, with the same noise at every check; off the fit clock."""
-        streams = {name: self.run.generator(f"validation/{name}") for name in self.shapes}
+        noise = _NoiseStreams(self.run, self.shapes, "validation")
         observations = self.view.validation
         copies = max(1, VALIDATION_BATCH // len(observations))  # more noise where there are few observations
         total, n = 0.0, copies * len(observations)
         with self.run.clock.paused(), torch.no_grad():
             self.modules.eval()
             for x in observations.repeat(copies, *[1] * (observations.ndim - 1)).split(VALIDATION_BATCH):
-                noise = {name: self._draw(len(x), name, stream) for name, stream in streams.items()}
-                total += float(self.method.losses(self.modules, x, noise)[self.objective]) * len(x)
+                losses = self.method.losses(self.modules, x, noise.draw(len(x)))
+                total += float(losses[self.objective]) * len(x)
             self.modules.train()
         return total / n
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import TextIO
 
 import click
@@ -44,7 +47,8 @@ def app(context: click.Context) -> None:
     harness list methods                   what there is
     harness show avb                       what it is, and its options
 
-    Exit codes: 0 all jobs ok or skipped, 1 some job failed, 2 a mistake in what was asked for (nothing is run).
+    Exit codes: 0 all jobs ok or skipped, 1 some job failed, 2 a mistake in what was asked for (nothing is run),
+    130 stopped before the end (the same command goes on from there).
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
@@ -57,16 +61,18 @@ for command in (compare, plan, evaluate, report, list_things, show, data):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code.
 
-    0: all is well (jobs ok or skipped); 1: some job failed; 2: a mistake of the user's, told in one line on stderr.
+    0: all is well (jobs ok or skipped); 1: some job failed; 2: a mistake of the user's, told in one line on stderr;
+    130: interrupted, terminated, or stopped when its time was up.
     """
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        with _plain_warnings():
+        with _plain_warnings(), _terminated_is_interrupted():
             code = _run(words)
         sys.stdout.flush()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         kept = "; finished jobs are kept, and the same command goes on from there"
-        click.echo(f"harness: interrupted{kept if words[0] in ('compare', 'evaluate') else ''}", err=True)
+        what = str(interrupt) or "interrupted"
+        click.echo(f"harness: {what}{kept if words[0] in ('compare', 'evaluate') else ''}", err=True)
         return INTERRUPTED
     except BrokenPipeError:  # the reader has gone (`harness list methods | head`): Python must not flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -125,6 +131,24 @@ def _plain_warnings() -> Generator[None]:
             yield
     finally:
         log.removeHandler(handler)
+
+
+@contextmanager
+def _terminated_is_interrupted() -> Generator[None]:
+    """SIGTERM ends a command as Ctrl-C does, unless somebody has seen to it otherwise."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    usual = signal.getsignal(signal.SIGTERM)
+    ours = usual is signal.SIG_DFL and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, usual)
 
 
 class _LogToStderr(logging.Handler):

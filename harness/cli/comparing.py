@@ -137,7 +137,8 @@ def _print_plan(jobs: list[PlannedJob]) -> None:
 
 def _state(job: PlannedJob) -> str:
     if not job.status:
-        return "to fit"
+        reached = f"{job.fraction:.0%} done" if job.fraction >= 0.01 else f"stopped at step {job.step}"
+        return f"to fit, {reached}" if job.step else "to fit"
     if not job.done:
         return "to measure"
     return "done" if job.status == "ok" else f"done ({job.status})"

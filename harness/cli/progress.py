@@ -39,15 +39,19 @@ class Tally:
     evaluator: str = ""
     measured: float = 0.0
     facts: str = ""
+    before: float = 0.0
     began: float = 0.0
     job_began: float = 0.0
 
     def start(self, jobs: int) -> None:
-        self.jobs, self.finished, self.began = jobs, 0, self.now()
+        self.jobs, self.finished, self.before, self.began = jobs, 0, 0.0, self.now()
 
     def start_job(self, job: PlannedJob) -> None:
         self.job, self.evaluator, self.job_began = f"{job.label} on {job.problem}, seed {job.seed}", "", self.now()
         self.fraction, self.step, self.objective, self.seconds = 0.0, 0, math.nan, 0.0
+
+    def resume(self, fraction: float, step: int) -> None:
+        self.fraction, self.step, self.before = fraction, step, self.before + fraction
 
     def advance(self, fraction: float, step: int, objective: float, seconds: float) -> None:
         self.fraction, self.step, self.objective, self.seconds = fraction, step, objective, seconds
@@ -71,8 +75,9 @@ class Tally:
         return clock(self.seconds * (1 - self.fraction) / self.fraction if self.fraction else math.nan)
 
     def all_left(self) -> str:
-        """Remaining time of all jobs."""
-        return clock((self.now() - self.began) * (self.jobs - self.done) / self.done if self.done else math.nan)
+        """Remaining time of all jobs, by what has been done since the start."""
+        done = self.done - self.before
+        return clock((self.now() - self.began) * (self.jobs - self.done) / done if done > 0 else math.nan)
 
     def job_seconds(self) -> str:
         return clock(self.now() - self.job_began)
@@ -82,11 +87,15 @@ class Tally:
         if self.evaluator:
             part = f" {self.measured:.0%}" if self.measured else ""
             return [f"measuring: {self.evaluator}{part}", *([self.facts] if self.facts else [])]
-        if not self.step:
+        if math.isnan(self.objective):
             return ["starting"]
         speed = f"{self.step / self.seconds:,.0f} steps/s" if self.seconds else ""
         facts = [f"{self.fraction:.0%}", f"objective {self.objective:.3f}", f"{self.job_left()} left", speed]
         return [fact for fact in facts if fact]
+
+
+def resumption(fraction: float, step: int) -> str:
+    return f"resumed at step {step}" + (f", {fraction:.0%}" if fraction else "")
 
 
 def clock(seconds: float) -> str:
@@ -111,6 +120,10 @@ class PlainProgress:
     def job_started(self, index: int, job: PlannedJob) -> None:
         self.tally.start_job(job)
         self._say("started")
+
+    def resumed(self, fraction: float, step: int) -> None:
+        self.tally.resume(fraction, step)
+        self._say(resumption(fraction, step))
 
     def step(self, fraction: float, step: int, objective: float, seconds: float) -> None:
         self.tally.advance(fraction, step, objective, seconds)
@@ -141,7 +154,7 @@ class PlainProgress:
 
 
 class LiveProgress:
-    """Two lines that are redrawn: all jobs, and the current one. Jobs that are not ok are told of above them."""
+    """Two lines that are redrawn: all jobs, and the current one. What is resumed or not ok is told of above them."""
 
     def __init__(self, console: Console, tally: Tally | None = None) -> None:
         self.console = console
@@ -154,6 +167,10 @@ class LiveProgress:
 
     def job_started(self, index: int, job: PlannedJob) -> None:
         self.tally.start_job(job)
+
+    def resumed(self, fraction: float, step: int) -> None:
+        self.tally.resume(fraction, step)
+        self.console.print(Text(f"{self.tally.job}: {resumption(fraction, step)}"))
 
     def step(self, fraction: float, step: int, objective: float, seconds: float) -> None:
         self.tally.advance(fraction, step, objective, seconds)

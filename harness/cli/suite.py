@@ -27,9 +27,11 @@ class Arguments(TypedDict, total=False):
     out: str
     plugins: list[str]
     retry: list[str]
+    stop_after: float | str
 
 
 _TEXT, _TEXTS, _SEEDS = "text", "text or a list of texts", "a number, text or a list of numbers"
+_NUMBER = "a number or text"
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,11 @@ _KEYS = {
     "out": _Key("DIR", "Folder of results; what it has is not done again.  [default: results/local]"),
     "plugin": _Key("FILE.py", "A plugin from a file; may be repeated.", _TEXTS),
     "retry": _Key("STATUSES", "Try again what ended so: failed,diverged.", _TEXTS),
+    "stop-after": _Key(
+        "SECONDS",
+        "Stop at the next checkpoint after that time; the same command goes on from there.  [default: never]",
+        _NUMBER,
+    ),
 }
 
 _SUITE_HELP = "The same options from a file, as keys; those given here override."
@@ -75,7 +82,7 @@ def comparison_options(command: Callable[..., int]) -> Callable[..., int]:
 
     @functools.wraps(command)
     def parsed(suite: str | None, **values: Any) -> int:
-        given = {key: values.pop(key) for key in _KEYS}
+        given = {key: values.pop(key.replace("-", "_")) for key in _KEYS}
         given["plugin"] = list(given["plugin"]) or None
         return command(asked=_arguments(given, suite), **values)
 
@@ -99,6 +106,8 @@ def _arguments(given: dict[str, Any], suite: str | None) -> Arguments:
     if "retry" in merged:
         texts = [merged["retry"]] if isinstance(merged["retry"], str) else merged["retry"]
         merged["retry"] = [status.strip() for text in texts for status in text.split(",")]
+    if "stop-after" in merged:
+        merged["stop_after"] = merged.pop("stop-after")
     return cast("Arguments", merged)
 
 
@@ -128,8 +137,9 @@ def _fits(value: object, expected: str) -> bool:
     """Whether a value is what is expected, and not empty."""
     if isinstance(value, str):
         return bool(value.strip())
-    number = int if expected == _SEEDS else str
-    if isinstance(value, list) and expected != _TEXT:
+    if isinstance(value, list) and expected in (_TEXTS, _SEEDS):
+        number = int if expected == _SEEDS else str
         items = cast("list[object]", value)
         return bool(items) and all(type(item) is number and item != "" for item in items)
-    return expected == _SEEDS and isinstance(value, int) and not isinstance(value, bool)
+    numbers = {_SEEDS: int, _NUMBER: (int, float)}
+    return isinstance(value, numbers.get(expected, ())) and not isinstance(value, bool)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
-from harness.clock import Clock
+from harness.checkpoint import StoredCheckpoint
 from harness.job import Job
 from harness.method import Budget, Fit, Method, Run
 from harness.problem import Problem, TrainingView
 from harness.registry import Plugin
+from harness.stopping import Stop, Stopped
+from harness.store import Store
 from harness.testing.laws import (
+    ConformanceError,
     check_options,
     require,
     require_equal,
@@ -39,9 +44,25 @@ class Trial:
 def trial(method: Method, problem: Problem, seed: int = 0) -> Trial:
     """Fit for a few steps in float64, on the CPU."""
     job = Job(problem, method, seed, Budget("steps", STEPS), torch.device("cpu"), "float64", NO_PLUGIN)
-    run = Run(job.device, job.dtype, job.budget, job.streams, Clock(job.device))
-    with untouched(f"{method.name}: fit"), job.streams.initial_weights(shared=False):
-        return Trial(job, method.fit(job.training_view(), run))
+    return Trial(job, _fit(job, job.new_run()))
+
+
+def _fit(job: Job, run: Run) -> Fit:
+    with untouched(f"{job.method.name}: fit"), job.streams.initial_weights(shared=False):
+        return job.method.fit(job.training_view(), run)
+
+
+def in_parts(job: Job) -> Fit:
+    """A fit that is stopped wherever it lets itself be stopped, and goes on in another run that knows nothing of it."""
+    with TemporaryDirectory() as folder:
+        for _ in range(STEPS + 1):
+            run = job.new_run()
+            run.checkpoint = StoredCheckpoint(run, Store(folder), job.job_id, {}, Stop(after=0))
+            with suppress(Stopped):
+                return _fit(job, run)
+    raise ConformanceError(
+        f"{job.method.name}: a fit of {STEPS} steps, stopped at each checkpoint, does not come to an end"
+    )
 
 
 def check_method(method: Method, problem: Problem | None = None) -> None:
@@ -63,7 +84,8 @@ def check_method(method: Method, problem: Problem | None = None) -> None:
     first = trial(method, problem)
     _check_fit(first, view)
     check_posterior(first.fit.posterior, first.fit.model, view.validation)
-    _check_repeats(first.fit, trial(method, problem).fit, view.validation)
+    _check_same(first.fit, trial(method, problem).fit, view.validation, "two fits from the same seed")
+    _check_same(first.fit, in_parts(first.job), view.validation, "a fit in one go and one that was interrupted")
     _check_restores(first, view.validation)
     if isinstance(method, GradientMethod):
         _check_gradients(method, view_of(problem), first.fit)
@@ -85,11 +107,11 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def _check_repeats(fit: Fit, again: Fit, x: Tensor) -> None:
-    require(sorted(fit.state) == sorted(again.state), "two fits from the same seed have different states")
+def _check_same(fit: Fit, again: Fit, x: Tensor, what: str) -> None:
+    require(sorted(fit.state) == sorted(again.state), f"{what} have different states")
     for key in fit.state:
-        require_equal(again.state[key], fit.state[key], f"two fits from the same seed: {key!r}")
-    require_equal(again.posterior.sample(x, 2, stream(0)), fit.posterior.sample(x, 2, stream(0)), "two fits' samples")
+        require_equal(again.state[key], fit.state[key], f"{what}: {key!r}")
+    require_equal(again.posterior.sample(x, 2, stream(0)), fit.posterior.sample(x, 2, stream(0)), f"{what}: samples")
 
 
 def _check_restores(tried: Trial, x: Tensor) -> None:

@@ -97,6 +97,12 @@ MISTAKES = [
     ([*COMPARE, "--budget", "seconds=nan"], "must be positive and finite"),
     ([*COMPARE, "--budget", "seconds=inf"], "must be positive and finite"),
     ([*COMPARE, "--budget", "a lot"], "budget 'a lot'"),
+    # the time of a run
+    ([*COMPARE, "--stop-after", "0"], "stop-after '0': expected a positive number of seconds"),
+    ([*COMPARE, "--stop-after", "-5"], "stop-after '-5': expected a positive number"),
+    ([*COMPARE, "--stop-after", "1h"], "stop-after '1h': expected a positive number"),
+    (["plan", *COMPARE[1:], "--stop-after", "nan"], "stop-after 'nan': expected a positive number"),
+    ([*COMPARE, "--stop_after", "5"], "unknown option '--stop_after'; did you mean '--stop-after'?"),
     # files and folders
     ([*COMPARE, "--plugin", "missing.py"], "plugin file 'missing.py' does not exist"),
     ([*COMPARE, "--plugin", "raises.py"], "plugin file 'raises.py' is broken: RuntimeError: no luck"),
@@ -195,6 +201,10 @@ def test_a_folder_that_cannot_be_written_to_is_refused(capsys: pytest.CaptureFix
         ("methods = 'avb'\nseeds = [1, 1]", "1 is given twice"),
         ("methods = 'avb'\nbudget = 500", "budget = 500: expected text"),
         ("methods = 'avb'\nout = ['a']", "out = ['a']: expected text"),
+        ("methods = 'avb'\nstop_after = 5", "unknown key 'stop_after'; did you mean 'stop-after'?"),
+        ("methods = 'avb'\nstop-after = [5]", "stop-after = [5]: expected a number or text"),
+        ("methods = 'avb'\nstop-after = true", "stop-after = True: expected a number or text"),
+        ("methods = 'avb'\nstop-after = -0.5", "stop-after -0.5: expected a positive number of seconds"),
         ("methods = 'avb'\nmethods = 'vae'", "not valid TOML"),
         ("methods = ['avb', 'avb']", "the same run is asked for twice"),
         ("methods = ['avb', 'vae,avb[batch_size=128]']", "the same run is asked for twice"),

@@ -50,6 +50,35 @@ def test_remaining_times_are_those_of_steady_work() -> None:
     assert tally.fit_facts() == ["25%", "objective -1.500", "0:30 left", "10 steps/s"]
 
 
+def test_remaining_times_do_not_count_what_earlier_runs_have_done() -> None:
+    time = Time()
+    tally = Tally(time)
+    tally.start(2)
+    tally.start_job(JOB)
+    tally.resume(0.5, 2000)
+    assert tally.fit_facts() == ["starting"]
+    assert tally.all_left() == "?"
+    time.now = 10.0
+    tally.advance(0.75, 3000, -1.5, 30.0)  # a quarter of a job in ten seconds
+    assert (tally.job_left(), tally.all_left()) == ("0:10", "0:50")
+    tally.finish_job()
+    tally.start_job(JOB)
+    time.now = 20.0
+    assert tally.all_left() == "0:40"
+
+
+def test_plain_progress_tells_of_a_resumption(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = PlainProgress(Tally(Time()))
+    progress.started(2)
+    progress.job_started(1, JOB)
+    progress.resumed(0.37, 1850)
+    progress.job_started(2, JOB)
+    progress.resumed(0.0, 500)  # nobody knows the part where convergence decides
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1].endswith("seed 1: resumed at step 1850, 37%")
+    assert lines[3].endswith("seed 1: resumed at step 500")
+
+
 def test_plain_lines_are_few(capsys: pytest.CaptureFixture[str]) -> None:
     time = Time()
     progress = PlainProgress(Tally(time))
@@ -140,10 +169,12 @@ def test_live_progress_tells_of_failures_and_leaves_the_screen_clean() -> None:
     progress.started(2)
     for status, reason in (("ok", ""), ("failed", "RuntimeError: [half-way]")):
         progress.job_started(1, JOB)
+        progress.resumed(0.37, 1850)
         progress.measuring("exact")
         progress.job_finished(JOB, status, reason)
     progress.finished()
     text = file.getvalue()
     assert "seed 1: failed: RuntimeError: [half-way]" in text
+    assert text.count("seed 1: resumed at step 1850, 37%") == 2
     assert ": ok" not in text
     assert text.endswith("\x1b[2K") or text.rstrip().endswith("\x1b[2K")  # the bars are wiped

@@ -19,7 +19,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
-from harness.method import Fit, Run
+from harness.method import Checkpoint, Fit, Run, State
 from harness.model import DecoderModel, LatentModel
 from harness.posterior import LocalFamily, LocalGaussian, Posterior
 from harness.problem import DatasetSpec, MLPSpec, ModelSpec, Problem, TrainingView
@@ -196,6 +196,40 @@ class LeavesDouble(SharedScale):
         return SharedScale.fit(self, view, run)
 
 
+class Forgetful(Checkpoint):
+    """Does not give back what Adam knew."""
+
+    def __init__(self, kept: Checkpoint) -> None:
+        self.kept = kept
+
+    def load(self) -> State | None:
+        state = self.kept.load()
+        if state is None:
+            return None
+        return replace(state, tensors={key: x * (not key.endswith("exp_avg")) for key, x in state.tensors.items()})
+
+    def due(self) -> bool:
+        return self.kept.due()
+
+    def save(self, state: State, step: int, fraction: float) -> None:
+        self.kept.save(state, step, fraction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgetsWhenInterrupted(SharedScale):
+    def fit(self, view: TrainingView, run: Run) -> Fit:
+        run.checkpoint = Forgetful(run.checkpoint)
+        return SharedScale.fit(self, view, run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GetsNowhere(SharedScale):
+    def fit(self, view: TrainingView, run: Run) -> Fit:
+        if run.checkpoint.due():
+            run.checkpoint.save(State({}, {}), 0, 0.0)
+        return SharedScale.fit(self, view, run)
+
+
 class Thawed(SharedScale):
     """Not a dataclass of its own."""
 
@@ -234,6 +268,8 @@ def altered(modules: Modules, **methods: Any) -> Any:
         (TakesTooLong, "took 1000 steps with a budget of 5"),
         (UsesGlobalNumpy, "changes numpy's global generator"),
         (LeavesDouble, "changes torch's default dtype"),
+        (ForgetsWhenInterrupted, "in one go and one that was interrupted.* expected the same numbers bit for bit"),
+        (GetsNowhere, "stopped at each checkpoint, does not come to an end"),
         (Thawed, "Thawed must be a frozen dataclass"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",

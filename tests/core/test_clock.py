@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -68,6 +70,33 @@ def test_a_phase_that_raises_is_recorded(clock: Clock, hand: Hand) -> None:
     with clock.phase("fit"):
         hand.advance(1.0)
     assert clock.seconds == {"fit": 1.0}
+
+
+def test_a_phase_goes_on_where_an_earlier_part_of_it_stopped(clock: Clock, hand: Hand) -> None:
+    with clock.phase("fit"):
+        hand.advance(9.0)
+        clock.resume(100.0, 2**50)
+        assert clock.elapsed() == clock.elapsed_on_host() == 100.0
+        hand.advance(1.0)
+        assert clock.peak() == 2**50
+    assert clock.seconds == {"fit": 101.0}
+    assert clock.peak_bytes == {"fit": 2**50}
+    with clock.phase("fit"):
+        assert clock.elapsed() == 0.0
+        assert clock.peak() < 2**50
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak cannot be reset here")
+def test_what_is_set_aside_costs_neither_time_nor_memory(clock: Clock, hand: Hand) -> None:
+    with clock.phase("fit"):
+        with clock.aside():
+            before = clock.peak()
+            hand.advance(5.0)
+            size = torch.ones(64 * 2**20, dtype=torch.uint8).sum().item()
+            assert clock.peak() >= before + size / 2
+        hand.advance(1.0)
+    assert clock.seconds == {"fit": 1.0}
+    assert clock.peak_bytes["fit"] < before + size / 2
 
 
 def test_peak_memory_covers_what_was_allocated_and_freed() -> None:

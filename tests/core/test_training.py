@@ -15,6 +15,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from harness import clock as clock_module
 from harness.clock import Clock
 from harness.method import Budget, CurvePoint, Diverged, Fit, Run
+from harness.minibatches import Minibatches
 from harness.model import BernoulliLikelihood, DecoderModel, LatentModel
 from harness.nn import MLP
 from harness.problem import MLPSpec, ModelSpec, Split, TrainingView, placed
@@ -133,11 +134,15 @@ def test_further_steps_leave_the_shared_minibatches_alone() -> None:
         view, run = view_and_run("steps=6")
         read = run.batches
 
-        def watched(split: Split, batch_size: int, purpose: str = "minibatches") -> Iterator[Tensor]:
-            for x in read(split, batch_size, purpose):
-                if purpose == "minibatches":
-                    seen.append(x)
-                yield x
+        class Watched(Minibatches):
+            def __next__(self) -> Tensor:
+                seen.append(super().__next__())
+                return seen[-1]
+
+        def watched(split: Split, batch_size: int, purpose: str = "minibatches") -> Minibatches:
+            batches = read(split, batch_size, purpose)
+            kind = Watched if purpose == "minibatches" else Minibatches
+            return kind(split, batch_size, batches.order, batches.binarisation)
 
         run.batches = watched
         with run.clock.phase("fit"), run.streams.initial_weights(shared=False):

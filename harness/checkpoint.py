@@ -1,0 +1,124 @@
+"""Checkpoints in the store: a fit goes on where an earlier run of the same job stopped."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness.method import Checkpoint, CurvePoint, Run, State
+from harness.options import UserError
+from harness.stopping import Stop
+from harness.store import Facts, Store
+
+log = logging.getLogger(__name__)
+
+EVERY = 60.0
+"""Seconds on the fit clock from one checkpoint to the next."""
+COST = 0.005
+"""The part of a fit's time that may go into checkpoints: where writing is slow, they are fewer."""
+
+_PLACE = ("hardware", "threads", "torch_version")
+
+
+class StoredCheckpoint(Checkpoint):
+    """The checkpoint of one job, in the store.
+
+    Args:
+        run: The job's, whose curve and clock are kept and taken up again.
+        environment: The columns of a record that speak of the machine.
+        on_resumed: Told the fraction and the step from which the fit goes on.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        store: Store,
+        job_id: str,
+        environment: Mapping[str, Any],
+        stop: Stop,
+        on_resumed: Callable[[float, int], None] = lambda fraction, step: None,
+    ) -> None:
+        self.run = run
+        self.store = store
+        self.job_id = job_id
+        self.stop = stop
+        self.on_resumed = on_resumed
+        self.places: list[Facts] = [{column: environment.get(column) for column in _PLACE}]
+        self._next = EVERY
+        self._failing = False
+
+    def load(self) -> State | None:
+        try:
+            with self.run.clock.aside():
+                found = self.store.checkpoint(self.job_id)
+        except UserError as error:
+            log.warning("%s; the fit starts anew", error)
+            return None
+        if found is None:
+            return None
+        tensors, facts = {name: torch.from_numpy(array) for name, array in found[0].items()}, found[1]
+        self.run.curve[:] = _points(tensors.pop("curve").tolist())
+        self.run.clock.resume(facts["seconds"], facts["peak_bytes"])
+        self._next = facts["seconds"] + EVERY
+        self.places = [*facts["places"], *self.places]
+        if not self._one_place():
+            log.warning("job %s goes on with other hardware, threads or torch than it began with: its times are not "
+                        "valid, and its last digits may not be those of a fit in one go", self.job_id)  # fmt: skip
+        self.on_resumed(facts["fraction"], facts["step"])
+        return State({name.removeprefix("method/"): tensor for name, tensor in tensors.items()}, facts["method"])
+
+    def due(self) -> bool:
+        asked = self.stop.asked() and (not self._failing or self.stop.signal is not None)
+        return asked or self.run.clock.elapsed_on_host() >= self._next
+
+    def save(self, state: State, step: int, fraction: float) -> None:
+        clock = self.run.clock
+        seconds, began = clock.elapsed(), clock.now()
+        spent = {"step": step, "fraction": fraction, "seconds": seconds, "peak_bytes": clock.peak()}
+        with clock.aside():
+            written = self._write(state, {**spent, "places": self.places, "method": dict(state.facts)})
+        self._next = seconds + max(EVERY, (clock.now() - began) / COST)
+        if written or self.stop.signal is not None:  # out of time, a fit that cannot be kept had better go on
+            self.stop.obey()
+
+    def _write(self, state: State, facts: Facts) -> bool:
+        """Whether it could be written; if not, the user is told, and the fit goes on without."""
+        arrays = {f"method/{name}": tensor.detach().cpu().numpy() for name, tensor in state.tensors.items()}
+        try:
+            self.store.write_checkpoint(self.job_id, {**arrays, "curve": _array(self.run.curve)}, facts)
+        except OSError as error:
+            if not self._failing:
+                log.warning("%s: %s; the fit goes on, but for now it cannot be taken up again from where it is",
+                            error.filename, error.strerror or error)  # fmt: skip
+            self._failing = True
+            return False
+        self._failing = False
+        return True
+
+    def facts(self) -> Facts:
+        """The columns of a record that speak of the parts of the fit."""
+        return {"fit_parts": len(self.places), "timing_valid": self._one_place()}
+
+    def _one_place(self) -> bool:
+        return all(place == self.places[0] for place in self.places)
+
+
+def _array(curve: list[CurvePoint]) -> np.ndarray:
+    """A curve as an array of float64, shape (P, 4); nan where there was no validation."""
+    rows = [
+        (point.step, point.seconds, point.objective, math.nan if point.validation is None else point.validation)
+        for point in curve
+    ]
+    return np.array(rows, dtype=np.float64).reshape(-1, 4)
+
+
+def _points(rows: list[list[float]]) -> list[CurvePoint]:
+    return [
+        CurvePoint(int(step), seconds, objective, None if math.isnan(validation) else validation)
+        for step, seconds, objective, validation in rows
+    ]
