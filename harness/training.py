@@ -101,6 +101,13 @@ class GradientMethod(Method):
     def posterior(self, modules: Modules) -> Posterior:
         """q(z|x) of the trained modules."""
 
+    def schedule(self, modules: Modules, fraction: float) -> None:
+        """Set what changes with the part of the budget that is spent, in [0, 1]: called before every step.
+
+        What `losses` should know of it is put into buffers of the modules. Never called while convergence decides,
+        where that part is not known.
+        """
+
     def fit(self, view: TrainingView, run: Run) -> Fit:
         modules = _built(self, view)
         step = _Loop(self, view, run, modules).train()
@@ -209,6 +216,8 @@ class _Loop:
         batches_per_step = 1 + sum(owned.player.steps - 1 for owned in self.owned if owned.parameters)
         step, done = 0, False
         while not done:
+            if self.run.budget.unit != "converged":
+                self.method.schedule(self.modules, fraction)
             step += 1
             self.step()
             if not by_clock or step % CLOCK_EVERY == 0:  # reading the clock waits for the device
