@@ -78,7 +78,10 @@ class Job:
                 "precision": self.precision,
                 "step_mode": self.step_mode,
                 "device": self.fitted_on or self.device.type,
-                "source": [*class_sources(type(self.method)), *map(source_hash, _FIT_SOURCES)],
+                "source": [
+                    *class_sources(type(self.method)),
+                    *map(source_hash, (*self.method.modules, *_FIT_SOURCES)),
+                ],
             }
         )
 

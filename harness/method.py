@@ -6,7 +6,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from types import ModuleType
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -215,6 +216,9 @@ class Fit:
 
 class Method(Configurable, ABC):
     """An inference method: a plugin is a frozen dataclass that derives from this; its fields are its options."""
+
+    modules: ClassVar[tuple[ModuleType, ...]] = ()
+    """Modules, besides those of its base classes, whose source defines its fits: an edit there makes them stale."""
 
     def unfit(self, view: TrainingView) -> str | None:
         """Why this method cannot be used on a problem, or None. The job is then ``skipped`` with that reason."""

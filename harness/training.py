@@ -102,6 +102,13 @@ class GradientMethod(Method):
     def posterior(self, modules: Modules) -> Posterior:
         """q(z|x) of the trained modules."""
 
+    def schedule(self, modules: Modules, fraction: float) -> None:
+        """Set what changes with the part of the budget that is spent, in [0, 1]: called before every step.
+
+        What `losses` should know of it is put into buffers of the modules. Never called while convergence decides,
+        where that part is not known.
+        """
+
     def fit(self, view: TrainingView, run: Run) -> Fit:
         modules = _built(self, view)
         loop = _Loop(self, view, run, modules)
@@ -252,6 +259,8 @@ class _Loop:
         batches_per_step = 1 + sum(owned.player.steps - 1 for owned in self.owned if owned.parameters)
         done = False
         while not done:
+            if self.run.budget.unit != "converged":
+                self.method.schedule(self.modules, self.fraction)
             self.steps += 1
             self.step()
             if not by_clock or self.steps % CLOCK_EVERY == 0:  # reading the clock waits for the device

@@ -10,47 +10,20 @@ Mescheder, Nowozin, Geiger 2017, Algorithm 1, https://arxiv.org/abs/1701.04722
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from types import ModuleType
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import softplus
 
-from harness import hookimpl
+from harness import adversarial, hookimpl
+from harness.adversarial import LogRatio, NoiseInjectedEncoder
 from harness.model import StandardNormalPrior
-from harness.nn import Trunk, linear
 from harness.posterior import Posterior
 from harness.problem import TrainingView
 from harness.training import GradientMethod, Modules, Noise, Player
-
-
-class NoiseInjectedEncoder(nn.Module):
-    """z = z_phi(x, eps): x (N, *E) and eps (..., N, noise_dim) -> (..., N, D)."""
-
-    def __init__(self, trunk: Trunk, noise_dim: int, latent_dim: int) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.head = linear(trunk.features, latent_dim)
-        self.injection = linear(noise_dim, latent_dim, bias=False)
-
-    def forward(self, x: Tensor, eps: Tensor) -> Tensor:
-        return self.head(self.trunk(x, eps)) + self.injection(eps)
-
-
-class LogRatio(nn.Module):
-    """T(x, z) = network + |z|^2/2: the network has to learn log q up to a constant, not log q - log p.
-
-    x (N, *E) and z (..., N, D) -> (..., N), nats.
-    """
-
-    def __init__(self, trunk: Trunk) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.head = linear(trunk.features, 1)
-
-    def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        return self.head(self.trunk(x, z)).squeeze(-1) + 0.5 * z.square().sum(-1)
 
 
 class AdversarialPosterior(Posterior):
@@ -79,6 +52,8 @@ class AVB(GradientMethod):
         adversary_steps: Adversary updates per primal update; those after the first see fresh batches.
         beta1: Adam's decay rate of the first moment, of both players.
     """
+
+    modules: ClassVar[tuple[ModuleType, ...]] = (adversarial,)
 
     name: str = "avb"
     noise_dim: PositiveInt = 32
