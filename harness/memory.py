@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -14,6 +15,16 @@ def allocated(compute: Callable[[], object]) -> int:
     with _Allocations() as allocations:
         compute()
     return allocations.total
+
+
+def in_pieces(compute: Callable[[Tensor], Tensor], size: int, rows: Tensor) -> Tensor:
+    """A function that takes each row by itself, worked on at most ``size`` rows at a time: (R, ...) -> (R, ...)."""
+    return joined([compute(piece) for piece in rows.split(size)])
+
+
+def joined(pieces: Sequence[Tensor], dim: int = 0) -> Tensor:
+    """Pieces along an axis as one tensor, without a copy where there is one only."""
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim)
 
 
 class _Allocations(TorchDispatchMode):
