@@ -34,21 +34,27 @@ from torch import Tensor
 from harness import hmc, starts
 from harness.estimators import StreamedLogMeanExp, observation_blocks, posterior_moments
 from harness.evaluator import EvaluationRun, Evaluator
-from harness.hmc import Path, Randomness, State, joint_density, transition
+from harness.hmc import Path, Randomness, State, is_plain_decoder, joint_density, transition
 from harness.memory import allocated
 from harness.method import Fit
 from harness.model import LatentModel
+from harness.nn import count_parameters
 from harness.posterior import HasPointDensity
 from harness.starts import NO_DENSITY, GaussianStart, PosteriorStart, PriorStart, Start
 
 Schedule = Literal["sigmoid", "linear"]
 StartName = Literal["moments", "prior", "q"]
+Forces = Literal["auto", "full", "bf16"]
 
 SIGMOID_RANGE = 4.0  # the sigmoid runs from -4 to 4, as in Grosse et al. 2015, section 6
 CHECKPOINTS = 40  # of the running estimate
+STANDING_LATENTS = (
+    9  # what is kept of all chains at once: states before and after a move with two gradients each, noise
+)
 PRIOR_DRAWS = 4096  # that a prior's scale is estimated from
 PILOT_PART, PILOT_LEAST = 8, 64  # the pilot has an eighth of the temperatures, at least 64
 PILOT_CHAINS = 16
+BF16_PARAMETERS = 100_000  # of a decoder; below it is not the matrix products that take the time
 SEARCH = 30  # transitions at the first temperature, to find the order of magnitude of the step
 GAIN = 0.5  # of the pilot's adaptation, per transition
 
@@ -89,12 +95,14 @@ class Weights:
         acceptance: Mean probability of acceptance of each of the T - 1 transitions, in the order of the run.
         betas: Inverse temperatures of the checkpoints, shape (M,).
         running: The estimate so far at each checkpoint, shape (M, N): log of the mean weight.
+        forces: Precision of the gradients within trajectories, for the record.
     """
 
     log_w: Tensor
     acceptance: Tensor
     betas: np.ndarray
     running: Tensor
+    forces: str
 
     def estimate(self) -> StreamedLogMeanExp:
         """log mean w over the chains, with its error and the effective number of chains."""
@@ -102,14 +110,15 @@ class Weights:
         found.add(self.log_w)
         return found
 
-    def diagnostics(self) -> dict[str, float]:
-        """Acceptance, and the effective number of chains of the final weights."""
+    def diagnostics(self) -> dict[str, float | str]:
+        """Acceptance, the effective number of chains of the final weights, and the forces' precision."""
         sizes = self.estimate().effective_sample_size()
         return {
             "acceptance": float(self.acceptance.mean()),
             "acceptance_min": float(self.acceptance.min()),
             "ess_min": float(sizes.min()),
             "ess_median": float(sizes.median()),
+            "force_precision": self.forces,
         }
 
     def traces(self) -> dict[str, np.ndarray]:
@@ -133,15 +142,26 @@ class Annealing:
     Args:
         model: Copied and frozen; its parameters get no gradient.
         x: Observations, shape (N, *E).
-        memory: For gradients, in bytes.
+        memory: In bytes; blocks fit what the chains' own states leave of it.
+        forces: Precision of the gradients within a trajectory, see `harness.hmc`; None for the model's own.
     """
 
-    def __init__(self, model: LatentModel, x: Tensor, start: Start, chains: int, leapfrog: int, memory: int) -> None:
+    def __init__(
+        self,
+        model: LatentModel,
+        x: Tensor,
+        start: Start,
+        chains: int,
+        leapfrog: int,
+        memory: int,
+        forces: torch.dtype | None = None,
+    ) -> None:
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
         self.start, self.chains, self.leapfrog, self.observations = start, chains, leapfrog, len(x)
+        self.forces = str(forces or x.dtype).removeprefix("torch.")
         size = _block_size(frozen, x, start, max(chains, PILOT_CHAINS), memory)
         self.blocks = [slice(first, min(first + size, len(x))) for first in range(0, len(x), size)]
-        self.paths = [Path(start.density(block), joint_density(frozen, x[block])) for block in self.blocks]
+        self.paths = [Path(start.density(block), joint_density(frozen, x[block], forces)) for block in self.blocks]
 
     def tuned(self, kind: Schedule, temperatures: int, acceptance: float, stream: torch.Generator) -> Kernels:
         """Kernels from a pilot run along a coarser schedule of the same kind, which looks at no other draw.
@@ -205,7 +225,7 @@ class Annealing:
                 running.append(log_w.logsumexp(0) - math.log(self.chains))
                 betas.append(kernels.betas[t])
                 told((i + 1) / len(moves), float(torch.stack(acceptance[-25:]).mean()), float(running[-1].mean()))
-        return Weights(log_w, torch.stack(acceptance), np.array(betas), torch.stack(running))
+        return Weights(log_w, torch.stack(acceptance), np.array(betas), torch.stack(running), self.forces)
 
     def _states(self, z: Tensor) -> list[State]:
         return [path.at(z[:, block]) for path, block in zip(self.paths, self.blocks, strict=True)]
@@ -232,7 +252,22 @@ def _block_size(model: LatentModel, x: Tensor, start: Start, chains: int, memory
     z = start.scale[:1]
     path = Path(start.density(slice(0, 1)), joint_density(model, x[:1]))
     one, two = (allocated(lambda n=n: path.at(z.expand(n, *z.shape))) for n in (1, 2))
-    return max(1, min(len(x), memory // max(1, chains * (two - one))))
+    standing = len(x) * chains * STANDING_LATENTS * z.numel() * z.element_size()
+    return max(1, min(len(x), (memory - standing) // max(1, chains * (two - one))))
+
+
+def force_precision(asked: Forces, model: LatentModel, dtype: torch.dtype, device: torch.device) -> torch.dtype | None:
+    """Precision of the gradients within trajectories of a model in ``dtype``; None for the same."""
+    if asked == "auto":
+        large = is_plain_decoder(model) and count_parameters(model.decoder) >= BF16_PARAMETERS
+        asked = "bf16" if large and dtype == torch.float32 and multiplies_bf16(device) else "full"
+    return torch.bfloat16 if asked == "bf16" and is_plain_decoder(model) else None
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the processor has instructions for matrix products in bfloat16."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)  # there is no public way to ask
+    return device.type == "cpu" and torch.backends.mkldnn.is_available() and supported()
 
 
 # The evaluators' common part
@@ -254,7 +289,10 @@ class AnnealedEvaluator(Evaluator):
         moment_samples: Draws from the posterior that its moments are computed from.
         acceptance: What the step sizes are tuned to; 0.65 is best for many dimensions (Beskos et al. 2013,
             https://arxiv.org/abs/1001.4460).
-        memory_mib: What gradients may take; more observations are worked on in blocks.
+        memory_mib: What chains and gradients may take; more observations are worked on in blocks.
+        forces: Precision of the gradients within a trajectory: ``full``, ``bf16``, or ``auto``, which is bf16 for a
+            large decoder in float32 where the processor multiplies in it. The estimate is valid with either, see
+            `harness.hmc`; the record says which it was.
     """
 
     by_default: ClassVar[bool] = False
@@ -270,6 +308,7 @@ class AnnealedEvaluator(Evaluator):
     moment_samples: Annotated[int, Field(ge=2)] = 512
     acceptance: Annotated[float, Field(gt=0, lt=1)] = 0.65
     memory_mib: PositiveInt = 1024
+    forces: Forces = "auto"
 
     def unstartable(self, fit: Fit) -> str | None:
         """Why a path cannot start where it is asked to, or None."""
@@ -278,8 +317,8 @@ class AnnealedEvaluator(Evaluator):
 
     def path(self, fit: Fit, x: Tensor, run: EvaluationRun) -> Annealing:
         """The path for observations x (N, *E)."""
-        start = self._start(fit, x, run)
-        return Annealing(fit.model, x, start, self.chains, self.leapfrog, self.memory_mib * 2**20)
+        start, forces = self._start(fit, x, run), force_precision(self.forces, fit.model, run.dtype, run.device)
+        return Annealing(fit.model, x, start, self.chains, self.leapfrog, self.memory_mib * 2**20, forces)
 
     def _start(self, fit: Fit, x: Tensor, run: EvaluationRun) -> Start:
         stream = run.generator("start", self.start)
@@ -319,4 +358,5 @@ class AnnealedEvaluator(Evaluator):
             "widening": self.widening,
             "moment_samples": self.moment_samples,
             "target_acceptance": self.acceptance,
+            "forces": self.forces,
         }

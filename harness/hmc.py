@@ -4,17 +4,23 @@ r"""Hamiltonian Monte Carlo for many chains at once, along the path from a start
 
 Duane et al. 1987, https://doi.org/10.1016/0370-2693(87)91197-X; Neal 2011, https://arxiv.org/abs/1206.1901
 
+Forces, the gradients within a trajectory, may be of low precision: leapfrog steps keep volume and can be retraced
+whatever function of z the force is, and acceptance goes by the density in full precision, which is therefore left
+invariant. Only the rate of acceptance can suffer.
+
 Shapes: S chains, B observations of one block, D latent dimensions, E event shape of one observation.
 """
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.model import DecoderModel, LatentModel, StandardNormalPrior, log_normal
 
@@ -72,37 +78,58 @@ class DecoderDensity(Density):
 
     The likelihood is differentiated by hand, so that a gradient without a value costs no log-likelihood; its weights
     are constants, so that only the part of the graph that leads to z is made.
+
+    Args:
+        force_decoder: Gradients without a value go through this copy of the decoder, of the precision ``forces``.
     """
 
     model: DecoderModel
     x: Tensor
+    force_decoder: nn.Module
+    forces: torch.dtype
 
     def value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        z, outputs = self._decode(z)
+        z, outputs = _decode(self.model.decoder, z)
         decoded = outputs.detach()
         value = self.model.likelihood.log_prob(self.x, decoded) + self.model.log_prior(z.detach())
-        return value, self._pull_back(z, outputs)
+        return value, self._pull_back(z, outputs) - z.detach()
 
     def gradient(self, z: Tensor) -> Tensor:
-        return self._pull_back(*self._decode(z))
-
-    def _decode(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            return z, self.model.decoder(z)
+        return self._pull_back(*_decode(self.force_decoder, z.to(self.forces))).to(z.dtype).sub(z)
 
     def _pull_back(self, z: Tensor, outputs: Tensor) -> Tensor:
         score = self.model.likelihood.score(self.x, outputs.detach())
-        (gradient,) = torch.autograd.grad(outputs, z, score)
-        return gradient - z.detach()
+        (gradient,) = torch.autograd.grad(outputs, z, score.to(outputs.dtype))
+        return gradient
 
 
-def joint_density(model: LatentModel, x: Tensor) -> Density:
-    """log p(x, z) as a function of z, for a frozen model and a block x (B, *E)."""
-    known = type(model).log_likelihood is DecoderModel.log_likelihood and type(model).log_joint is LatentModel.log_joint
-    if known and type(model).log_prior is StandardNormalPrior.log_prior and isinstance(model, DecoderModel):
-        return DecoderDensity(model, x.flatten(1))
-    return FunctionDensity(lambda z: model.log_joint(x, z))
+def _decode(decoder: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
+    """z as a leaf, and the outputs, which know how they follow from it."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        return z, decoder(z)
+
+
+def joint_density(model: LatentModel, x: Tensor, forces: torch.dtype | None = None) -> Density:
+    """log p(x, z) as a function of z, for a frozen model and a block x (B, *E).
+
+    Args:
+        forces: Precision of gradients without a value; None for the model's own. Only a decoder's can be another one.
+    """
+    if not is_plain_decoder(model):
+        return FunctionDensity(lambda z: model.log_joint(x, z))
+    decoder = model.decoder if forces is None else copy.deepcopy(model.decoder).to(forces)
+    return DecoderDensity(model, x.flatten(1), decoder, forces or x.dtype)
+
+
+def is_plain_decoder(model: LatentModel) -> TypeGuard[DecoderModel]:
+    """Whether log p(x, z) is that of `DecoderModel`, with nothing of it replaced."""
+    return (
+        isinstance(model, DecoderModel)
+        and type(model).log_likelihood is DecoderModel.log_likelihood
+        and type(model).log_joint is LatentModel.log_joint
+        and type(model).log_prior is StandardNormalPrior.log_prior
+    )
 
 
 def prior_density(model: LatentModel) -> Density:

@@ -66,13 +66,19 @@ class Oracle:
         start = GaussianStart(sd.to(dtype), (mean + shift * sd).to(dtype))
         return Oracle(model.to(dtype), x.to(dtype), z.to(dtype), log_p, start)
 
-    def path(self, chains: int, module: ModuleType = annealing, memory: int = MEMORY) -> Annealing:
-        return module.Annealing(self.model, self.x, self.start, chains, leapfrog=2, memory=memory)
+    def path(self, chains: int, module: ModuleType = annealing, forces: torch.dtype | None = None) -> Annealing:
+        return module.Annealing(self.model, self.x, self.start, chains, leapfrog=2, memory=MEMORY, forces=forces)
 
-    def kernels(self, temperatures: int, acceptance: float = 0.7, module: ModuleType = annealing) -> Kernels:
+    def kernels(
+        self,
+        temperatures: int,
+        acceptance: float = 0.7,
+        module: ModuleType = annealing,
+        forces: torch.dtype | None = None,
+    ) -> Kernels:
         """Tuned on the first fifty observations: the posteriors of all have the same shape."""
         start = GaussianStart(self.start.scale[:50], self.start.mean[:50])
-        path = module.Annealing(self.model, self.x[:50], start, 2, leapfrog=2, memory=MEMORY)
+        path = module.Annealing(self.model, self.x[:50], start, 2, leapfrog=2, memory=MEMORY, forces=forces)
         kernels = path.tuned("sigmoid", temperatures, acceptance, stream(3))
         steps = kernels.steps.log().mean(1, keepdim=True).exp()
         return Kernels(kernels.betas, steps.expand(-1, len(self.x)), kernels.leapfrog)
@@ -107,18 +113,21 @@ class Verdict:
         return max(self.forward, self.reverse)
 
 
-def unbiasedness(module: ModuleType, dtype: torch.dtype = torch.float32) -> Verdict:
+def unbiasedness(module: ModuleType, dtype: torch.dtype = torch.float32, forces: torch.dtype | None = None) -> Verdict:
     oracle = Oracle.make(16_000, dtype)
-    kernels, path = oracle.kernels(30, module=module), oracle.path(1, module)
+    kernels, path = oracle.kernels(30, module=module, forces=forces), oracle.path(1, module, forces)
     forward, reverse = path.forward(kernels, stream(4)), path.reverse(kernels, oracle.z, stream(5))
     up, down = forward.log_w[0] - oracle.log_p, reverse.log_w[0] + oracle.log_p
     acceptance = float(forward.acceptance.mean()), float(reverse.acceptance.mean())
     return Verdict(mean_error(up), mean_error(down), float(max(up.var(), down.var())), acceptance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
-def test_weights_are_unbiased_in_both_directions(dtype: torch.dtype) -> None:
-    verdict = unbiasedness(annealing, dtype)
+@pytest.mark.parametrize(
+    ("dtype", "forces"), [(torch.float32, None), (DOUBLE, None), (torch.float32, torch.bfloat16)], ids=str
+)
+def test_weights_are_unbiased_in_both_directions(dtype: torch.dtype, forces: torch.dtype | None) -> None:
+    """With forces of low precision too: what a trajectory follows is not what it is judged by."""
+    verdict = unbiasedness(annealing, dtype, forces)
     assert verdict.worst < STANDARD_ERRORS
     assert 0.05 < verdict.spread < 0.5  # small enough for the mean of w to have a normal error, and not nothing
     assert all(0.6 < acceptance < 0.8 for acceptance in verdict.acceptance)
@@ -306,16 +315,48 @@ def test_results_do_not_depend_on_the_memory(kind: str) -> None:
         torch.testing.assert_close(b.acceptance, a.acceptance, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("memory", [8 * 2**20, 48 * 2**20])
-def test_a_gradient_stays_within_the_memory(peak: Callable[[Callable[[], object]], int], memory: int) -> None:
+@pytest.mark.parametrize("memory", [16 * 2**20, 48 * 2**20])
+def test_a_run_stays_within_the_memory(peak: Callable[[Callable[[], object]], int], memory: int) -> None:
+    """Chains, noise and gradients together, from the first state to the last."""
     model, x = images(400, latent_dim=32, width=300, pixels=784)
     scale = torch.full((400, 32), 0.9)
-    path = Annealing(model, x, GaussianStart(scale, 0 * scale), 16, 3, memory)
-    block = path.blocks[0]
-    assert 1 < block.stop < 400
-    z = torch.randn(16, block.stop, 32, generator=stream(8))
-    used = peak(lambda: path.paths[0].at(z))
+    path = Annealing(model, x, GaussianStart(scale, 0 * scale), 16, 2, memory)
+    assert 1 < path.blocks[0].stop < 400
+    kernels = Kernels(schedule("linear", 3), torch.full((2, 400), 0.05), 2)
+    used = peak(lambda: path.forward(kernels, stream(8)))
     assert 0.2 * memory < used <= memory
+
+
+@pytest.mark.parametrize("asked", ["auto", "full", "bf16"])
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("width", [32, 300])
+def test_forces_are_of_low_precision_where_that_pays(
+    monkeypatch: pytest.MonkeyPatch, asked: annealing.Forces, native: bool, width: int
+) -> None:
+    monkeypatch.setattr(annealing, "multiplies_bf16", lambda device: native)
+    model, _ = images(1, width=width, pixels=784)
+    found = {
+        dtype: annealing.force_precision(asked, model, dtype, torch.device("cpu")) for dtype in (torch.float32, DOUBLE)
+    }
+    pays = asked == "auto" and native and width == 300
+    low = asked == "bf16"
+    assert found[torch.float32] == (torch.bfloat16 if low or pays else None)
+    assert found[DOUBLE] == (torch.bfloat16 if low else None)
+
+
+def test_forces_of_low_precision_are_those_of_the_density_nearly() -> None:
+    """The value and its own gradient are of full precision; the forces keep eight bits."""
+    model, x = images(20, width=300, pixels=784)
+    z = torch.randn(4, 20, 8, generator=stream(8))
+    scale = torch.ones(20, 8)
+    low, full = (
+        Annealing(model, x, GaussianStart(scale, 0 * scale), 4, 2, MEMORY, forces) for forces in (torch.bfloat16, None)
+    )
+    (one, two), (exact,) = (low.paths[0].joint.gradient(z), low.paths[0].at(z)), (full.paths[0].at(z),)
+    assert torch.equal(two.log_joint, exact.log_joint)
+    assert torch.equal(two.joint_gradient, exact.joint_gradient)
+    assert 1e-6 < float((one - exact.joint_gradient).norm() / exact.joint_gradient.norm()) < 0.01
+    assert (low.forces, full.forces) == ("bfloat16", "float32")
 
 
 def test_gradients_are_one_for_each_leapfrog_step_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,6 +236,7 @@ def test_settings_diagnostics_and_traces_are_recorded(oracle) -> None:
     asked = {"chains": 4, "temperatures": 20, "leapfrog": 2, "schedule": "sigmoid", "start": "moments"}
     assert settings.items() >= {**asked, "widening": 1.2, "moment_samples": 32, "target_acceptance": 0.65}.items()
     assert 1 <= settings["ess_min"] <= settings["ess_median"] <= 4
+    assert settings["force_precision"] == "float32"  # of a small decoder, on whatever processor
     traces = measured.traces
     assert {name: trace.shape for name, trace in traces.items()} == {
         "acceptance": (19,),

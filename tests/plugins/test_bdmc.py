@@ -76,7 +76,7 @@ def test_the_exact_values_are_those_of_the_simulated_observations(oracle) -> Non
 @pytest.mark.parametrize("chains", [2, 8])
 def test_the_reverse_weights_of_simulated_observations_are_unbiased(oracle, chains: int) -> None:
     """E[1 / p_hat(x)] = 1 / p(x), although the chains of an observation share its z; four errors over observations."""
-    settings = {"chains": chains, "temperatures": 30, "leapfrog": 3, "observations": 500}
+    settings: dict[str, Any] = {"chains": chains, "temperatures": 30, "leapfrog": 3, "observations": 500}
     gap, lower, upper, exact = measure(oracle, oracle.mean_field(), **settings).values()
     for log_w in (lower.values - exact.values, exact.values - upper.values):
         assert log_w.var() < 0.5
