@@ -1,6 +1,9 @@
 """Convolutional model specs, and problems whose networks are chosen by name.
 
-After the code of Mescheder, Nowozin, Geiger 2017, https://github.com/LMescheder/AdversarialVariationalBayes.
+After the code of Mescheder, Nowozin, Geiger 2017, https://github.com/LMescheder/AdversarialVariationalBayes. Its fully
+connected networks full0 have no spec of their own: `MLPSpec` has their sizes. That adds the noise before each
+activation, where full0 adds it to x and behind each activation, and full0 comes without a discriminator. The networks
+conv2 and conv3, for CelebA, are left out.
 """
 
 from __future__ import annotations
@@ -123,7 +126,7 @@ class Conv1Spec(ConvolutionalSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class Conv0Spec(ConvolutionalSpec):
-    """The networks conv0 of the AVB paper's code: large; meant for a GPU.
+    """The networks conv0 of the AVB paper's code: large, meant for a GPU.
 
     The last convolutions halve the sides, as many as leave 4 to 7 pixels: maps of 28, 28, 14 and 7 for images of 28.
     Documented departures: the decoder's hidden layers have the ELU that the code intends, not the ReLU that a helper's
@@ -158,8 +161,8 @@ class NetworksProblem(Problem):
     """A problem whose networks are chosen by name.
 
     Args:
-        model: ``mlp``: fully connected; ``conv1`` and ``conv0``: convolutional, for images, the latter for a GPU.
-        width, depth, activation: Of the hidden layers of ``mlp``.
+        model: Fully connected (``mlp``), or convolutional, for images: ``conv1``, or ``conv0``, which wants a GPU.
+        width, depth, activation: Of the hidden layers of ``mlp``; the other models have sizes of their own.
     """
 
     model: ModelName = "mlp"
