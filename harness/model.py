@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 LOG_2PI = math.log(2 * math.pi)
+
+LikelihoodName = Literal["bernoulli", "gaussian"]
 
 
 def log_normal(value: Tensor, mean: Tensor | float = 0.0, log_sd: Tensor | float = 0.0) -> Tensor:
@@ -195,6 +197,10 @@ class GaussianLikelihood(Likelihood):
     def sample(self, outputs: Tensor, generator: torch.Generator) -> Tensor:
         noise = torch.randn(outputs.shape, generator=generator, device=outputs.device, dtype=outputs.dtype)
         return outputs + torch.exp(self.log_sd) * noise
+
+
+def likelihood_named(name: LikelihoodName) -> Likelihood:
+    return BernoulliLikelihood() if name == "bernoulli" else GaussianLikelihood()
 
 
 def _inner(outputs: Tensor, x: Tensor) -> Tensor:

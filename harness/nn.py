@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 Activation = Literal["softplus", "elu", "relu", "leaky-relu", "tanh"]
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softplus": F.softplus,
     "elu": F.elu,
     "relu": F.relu,
@@ -41,7 +41,7 @@ class MLP(nn.Module):
         super().__init__()
         sizes = [inputs, *[width] * depth, outputs]
         self.layers = nn.ModuleList(linear(a, b) for a, b in pairwise(sizes))
-        self.activation = _ACTIVATIONS[activation]
+        self.activation = ACTIVATIONS[activation]
 
     def forward(self, h: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -74,7 +74,7 @@ class EncoderTrunk(Trunk):
         self.features = sizes[-1]
         self.noise_dim = noise_dim
         self.centre = centre
-        self.activation = _ACTIVATIONS[activation]
+        self.activation = ACTIVATIONS[activation]
         self.layers = nn.ModuleList(linear(a, b) for a, b in pairwise(sizes))
         self.widths = sizes[1:]
         self.injection = self._injection(noise_dim) if noise_dim and depth else None
@@ -111,7 +111,7 @@ class ResidualPairTrunk(Trunk):
         super().__init__()
         self.features = width
         self.centre = centre
-        self.activation = _ACTIVATIONS[activation]
+        self.activation = ACTIVATIONS[activation]
         self.from_x, self.from_z = linear(inputs, width), linear(latent_dim, width, bias=False)
         self.first = nn.ModuleList(linear(width, width) for _ in range(blocks))
         self.second = nn.ModuleList(linear(width, width, zero=True) for _ in range(blocks))

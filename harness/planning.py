@@ -118,7 +118,7 @@ def resolve(
     find_dtype(precision)
     everywhere = Budget.parse(budget) if budget is not None else None
     for problem in chosen_problems:
-        loaded(problem)  # data that are missing or damaged are told of before anything is written or run
+        _check(problem)
     jobs = [
         Job(
             problem,
@@ -134,6 +134,13 @@ def resolve(
         for method in chosen_methods
     ]
     return Comparison(registry, jobs, chosen_evaluators, place, _statuses(retry))
+
+
+def _check(problem: Problem) -> None:
+    """Data that are missing or damaged, or that the networks do not suit, are told of before anything is run."""
+    reason = problem.model_spec().unfit(loaded(problem).event_shape)
+    if reason is not None:
+        raise UserError(f"{problem.label}: {reason}")
 
 
 def select(registry: Registry, kind: str, selection: Selection) -> list[Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from harness import model as model_module
 from harness import nn as nn_module
-from harness.model import BernoulliLikelihood, DecoderModel, GaussianLikelihood, LatentModel
+from harness.model import DecoderModel, LatentModel, LikelihoodName, likelihood_named
 from harness.nn import MLP, Activation, EncoderTrunk, InnerProductPairTrunk, ResidualPairTrunk, Trunk
 from harness.options import Configurable
 from harness.seeding import Streams, generator
@@ -155,7 +155,14 @@ class DeviceData:
 class ModelSpec(ABC):
     """The decoder with its likelihood, and the trunks that every method on this problem uses."""
 
+    modules: ClassVar[tuple[ModuleType, ...]] = ()
+    """Modules besides those of its classes that define its networks: an edit there makes stored results stale."""
+
     latent_dim: int
+
+    def unfit(self, event_shape: tuple[int, ...]) -> str | None:
+        """Why there are no such networks for observations of this shape, or None."""
+        return None
 
     @abstractmethod
     def new_model(self, event_shape: tuple[int, ...]) -> LatentModel:
@@ -183,7 +190,7 @@ class MLPSpec(ModelSpec):
     width: PositiveInt = 300
     depth: NonNegativeInt = 2
     activation: Activation = "softplus"
-    likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"
+    likelihood: LikelihoodName = "bernoulli"
     pair: Literal["residual", "inner-product"] = "inner-product"
     pair_width: PositiveInt = 512
     pair_depth: PositiveInt = 2
@@ -196,8 +203,7 @@ class MLPSpec(ModelSpec):
 
     def new_model(self, event_shape: tuple[int, ...]) -> LatentModel:
         decoder = MLP(self.latent_dim, int(np.prod(event_shape)), self.width, self.depth, self.activation)
-        likelihood = BernoulliLikelihood() if self.likelihood == "bernoulli" else GaussianLikelihood()
-        return DecoderModel(self.latent_dim, event_shape, decoder, likelihood)
+        return DecoderModel(self.latent_dim, event_shape, decoder, likelihood_named(self.likelihood))
 
     def encoder_trunk(self, event_shape: tuple[int, ...], noise_dim: int) -> Trunk:
         inputs = int(np.prod(event_shape))
@@ -263,15 +269,16 @@ class Problem(Configurable, ABC):
     @property
     def spec_hash(self) -> str:
         """Identifies data, model spec and the source that defines them; the same for every method."""
+        spec = self.model_spec()
         facts = {
             "data": loaded(self).content_hash,
             "problem": [type(self).__qualname__, self.label],  # streams are named by the label
             "config": self.config,
-            "model": repr(self.model_spec()),
+            "model": repr(spec),
             "source": [
                 *class_sources(type(self)),
-                *class_sources(type(self.model_spec())),
-                *map(source_hash, _SHARED_SOURCES),
+                *class_sources(type(spec)),
+                *map(source_hash, (*spec.modules, *_SHARED_SOURCES)),
             ],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -140,5 +141,12 @@ def _capabilities(module: ModuleType, cls: type) -> str:
 
     names: dict[str, Any] = vars(module)
     protocols = [found for found in names.values() if getattr(found, "_is_protocol", False)]
-    own = [found for found in protocols if found.__module__ == module.__name__ and issubclass(cls, found)]
+    own = [found for found in protocols if found.__module__ == module.__name__ and _has_methods(cls, found)]
     return "; ".join(f"{found.__name__} ({summary(found).rstrip('.')})" for found in own)
+
+
+def _has_methods(cls: type, protocol: type) -> bool:
+    """Whether a class has all methods of a protocol; other attributes may be those of an instance."""
+    bases = [base for base in protocol.__mro__ if getattr(base, "_is_protocol", False)]
+    names = {name for base in bases for name, member in vars(base).items() if inspect.isfunction(member)}
+    return all(hasattr(cls, name) for name in names)

@@ -9,15 +9,15 @@ import dataclasses
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import PositiveInt
 
 from harness import hookimpl
 from harness.formats import check_sha256
-from harness.nn import Activation
-from harness.problem import DataError, Dataset, DatasetSpec, MLPSpec, ModelSpec, Problem
+from harness.model import LikelihoodName
+from harness.problem import DataError, Dataset, DatasetSpec, ModelSpec, Problem
+from harness.specs import NetworksProblem
 
 _SHA256 = "68aea062d35a127749050fa0e52dca09d6569ac08092c925610e0954e172dde2"  # of the table below
 _VALIDATION, _TEST = 200, 400
@@ -73,15 +73,13 @@ def _installed_table() -> np.ndarray:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Digits(Problem):
+class Digits(NetworksProblem):
     """8x8 digits, binarised afresh at every read; with ``likelihood=gaussian`` the intensities v / 16 as they are."""
 
     name: str = "digits"
     latent_dim: PositiveInt = 2
     width: PositiveInt = 128
-    depth: NonNegativeInt = 2
-    activation: Activation = "softplus"
-    likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"
+    likelihood: LikelihoodName = "bernoulli"
 
     @property
     def default_budget(self) -> str:
@@ -92,14 +90,7 @@ class Digits(Problem):
         return data if self.likelihood == "bernoulli" else dataclasses.replace(data, binarisation="none")
 
     def model_spec(self) -> ModelSpec:
-        return MLPSpec(
-            latent_dim=self.latent_dim,
-            width=self.width,
-            depth=self.depth,
-            activation=self.activation,
-            likelihood=self.likelihood,
-            pair_width=128,
-        )
+        return self.networks(self.likelihood, pair_width=128)
 
 
 @hookimpl

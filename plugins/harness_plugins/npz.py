@@ -7,26 +7,24 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import PositiveInt
 
 from harness import hookimpl
-from harness.nn import Activation
+from harness.model import LikelihoodName
 from harness.options import UserError, unknown
-from harness.problem import Binarisation, DataError, DatasetSpec, MLPSpec, ModelSpec, Problem
+from harness.problem import Binarisation, DataError, DatasetSpec, ModelSpec, Problem
+from harness.specs import NetworksProblem
 
 _SPLITS = ("train", "validation", "test")
 _KNOWN = (*_SPLITS, "test_labels")
 _FORM = "expected an .npz file with arrays train and test, and if wanted validation and test_labels"
 
-Likelihood = Literal["bernoulli", "gaussian"]
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ArraysFile(Problem):
-    """Arrays of shape (N, ...) from an .npz file, modelled by fully connected networks.
+class ArraysFile(NetworksProblem):
+    """Arrays of shape (N, ...) from an .npz file, modelled by fully connected networks unless ``model`` says otherwise.
 
     With ``likelihood=bernoulli`` arrays of zeros and ones are taken as they are; otherwise uint8 intensities v are 1
     with probability v / 255, and floats in [0, 1] are probabilities, drawn afresh at every read. With
@@ -36,10 +34,7 @@ class ArraysFile(Problem):
 
     name: str = "file"
     latent_dim: PositiveInt = 8
-    width: PositiveInt = 300
-    depth: NonNegativeInt = 2
-    activation: Activation = "softplus"
-    likelihood: Likelihood = "bernoulli"
+    likelihood: LikelihoodName = "bernoulli"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,13 +75,7 @@ class ArraysFile(Problem):
             raise DataError(f"{self.name}: {error}") from None
 
     def model_spec(self) -> ModelSpec:
-        return MLPSpec(
-            latent_dim=self.latent_dim,
-            width=self.width,
-            depth=self.depth,
-            activation=self.activation,
-            likelihood=self.likelihood,
-        )
+        return self.networks(self.likelihood)
 
 
 def _written(path: str) -> tuple[int, int] | None:
@@ -119,7 +108,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _spec(name: str, arrays: dict[str, np.ndarray], likelihood: Likelihood) -> DatasetSpec:
+def _spec(name: str, arrays: dict[str, np.ndarray], likelihood: LikelihoodName) -> DatasetSpec:
     labels = arrays.pop("test_labels", None)
     _check_shapes(arrays, labels)
     if "validation" not in arrays:

@@ -73,6 +73,8 @@ MISTAKES = [
     (["compare", "--methods", "avb[lr=inf]"], "must be finite"),
     (["compare", "--methods", "avb", "--problems", "four-points[latent_dim=0]"], "greater than 0"),
     ([*COMPARE, "--evaluators", "importance[samples=0]"], "greater than"),
+    (["compare", "--methods", "avb", "--problems", "digits[model=conv2]"], "should be 'mlp', 'conv1' or 'conv0'"),
+    (["compare", "--methods", "avb", "--problems", "digits[model=conv1,width=9]"], "option width belongs to model=mlp"),
     # the same run twice
     (["compare", "--methods", "avb,avb"], "the same run is asked for twice: avb"),
     (["compare", "--methods", "avb,avb[batch_size=128]"], "the same run is asked for twice: avb"),

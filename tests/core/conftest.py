@@ -1,4 +1,4 @@
-"""Mutants: modules with one piece of their source replaced, to see that the tests would notice."""
+"""Mutants: modules with one piece of their source replaced, to see that the tests would notice. Memory, measured."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import inspect
 import sys
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -29,3 +32,18 @@ def mutated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ModuleType]:
         return fresh
 
     return mutate
+
+
+@pytest.fixture
+def peak() -> Callable[[Callable[[], object]], int]:
+    """Most bytes that are allocated at once, above what there was before: every allocation and release is recorded."""
+
+    def measure(compute: Callable[[], object]) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            compute()
+        events: list[Any] = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+        assert len(changes) > 10
+        return int(np.cumsum([nbytes for _, nbytes in changes]).max())
+
+    return measure
