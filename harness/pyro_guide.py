@@ -33,7 +33,7 @@ from harness.training import GradientMethod, Modules, Noise, Player
 Program = Callable[[Tensor], object]
 """A Pyro program of a minibatch x (N, *E)."""
 SEED = {"seed": (4,)}
-"""The noise of a method whose draws are Pyro's: what `seed_of` makes a seed of, with numbers enough to tell steps apart."""
+"""The noise of a method whose draws are Pyro's: numbers for `seed_of`, enough to tell steps apart."""
 
 
 def program_of(model: LatentModel, device: torch.device) -> Program:
@@ -56,17 +56,22 @@ def _prior_distribution() -> Any:
     class Prior(TorchDistribution):
         """p(z), independent over the batch shape."""
 
-        arg_constraints = {}
-        support = constraints.real_vector
-
-        def __init__(self, model: LatentModel, device: torch.device, batch_shape: torch.Size = torch.Size()) -> None:
+        def __init__(self, model: LatentModel, device: torch.device, batch_shape: tuple[int, ...] = ()) -> None:
             self.model, self.device = model, device
-            super().__init__(batch_shape, torch.Size([model.latent_dim]), validate_args=False)
+            super().__init__(torch.Size(batch_shape), torch.Size([model.latent_dim]), validate_args=False)
 
-        def expand(self, batch_shape: torch.Size, _instance: object = None) -> Prior:
-            return Prior(self.model, self.device, torch.Size(batch_shape))
+        @property
+        def arg_constraints(self) -> dict[str, Any]:
+            return {}
 
-        def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+        @property
+        def support(self) -> Any:
+            return constraints.real_vector
+
+        def expand(self, batch_shape: Any, _instance: object = None) -> Prior:
+            return Prior(self.model, self.device, batch_shape)
+
+        def sample(self, sample_shape: Any = ()) -> Tensor:
             shape = (*sample_shape, *self.batch_shape)
             return self.model.sample_prior(math.prod(shape), process_wide(self.device)).reshape(*shape, -1)
 
@@ -90,6 +95,7 @@ class Guide(nn.Module):
     """
 
     x: Tensor
+    guide: Any
 
     def __init__(self, guide: Program, x: Tensor) -> None:
         import pyro
@@ -148,10 +154,11 @@ def site_of(guide: Program, x: Tensor, n: int, z: Tensor | None = None) -> dict[
     run = guide if z is None else poutine.condition(guide, data={"z": z})
     with pyro.plate("draws", n, dim=-2):
         trace = poutine.trace(run).get_trace(x)
-    names = [name for name, node in prune_subsample_sites(trace).nodes.items() if node["type"] == "sample"]
+    nodes: dict[str, Any] = dict(prune_subsample_sites(trace).nodes)
+    names = [name for name, node in nodes.items() if node["type"] == "sample"]
     if names != ["z"]:
         raise ValueError(f"a guide samples the site 'z' and nothing else; this one samples {names}")
-    site = trace.nodes["z"]
+    site = nodes["z"]
     if site["value"].ndim != 3 or site["value"].shape[:2] != (n, len(x)):
         shape = tuple(site["value"].shape[1:])
         raise ValueError(f"a guide samples 'z' of shape ({len(x)}, D) within the plate 'observations'; got {shape}")

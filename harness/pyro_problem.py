@@ -220,19 +220,21 @@ class PyroModel(LatentModel):
         data = {name: piece.reshape(self.shapes[name]) for name, piece in zip(self.shapes, pieces, strict=True)}
         with poutine.trace() as tracer, poutine.condition(data=data):
             self.program()
-        return dict(tracer.trace.nodes)
+        nodes: Any = tracer.trace.nodes
+        return dict(nodes)
 
     # What the program is
 
     def _examined(self) -> dict[str, Site]:
         """The sample sites, after a look at two runs with draws from the prior."""
-        runs: list[dict[str, Site]] = []
-        for i in range(2):
-            with seeded(derive("pyro program", self.name, i)), torch.no_grad(), _by_itself(self.x):
-                runs.append(self._nodes(self.x))
-        for fault in _faults(*runs, self.shapes):
+        run, other = self._prior_run("one"), self._prior_run("other")
+        for fault in _faults(run, other, self.shapes):
             raise UserError(f"{self.name}: {fault}")
-        return {name: site for name, site in runs[0].items() if _is_sample(site)}
+        return {name: site for name, site in run.items() if _is_sample(site)}
+
+    def _prior_run(self, purpose: str) -> dict[str, Site]:
+        with seeded(derive("pyro program", self.name, purpose)), torch.no_grad(), _by_itself(self.x):
+            return self._nodes(self.x)
 
     def _can_be_drawn_together(self) -> bool:
         """Whether draws within a further plate have the densities there that they have alone.
@@ -290,7 +292,7 @@ def _by_itself(like: Tensor) -> Iterator[None]:
 
 @cache
 def _coordinates_handler() -> Any:
-    """The class of the effect handler that makes values of latent sites from z; not before it is needed: Pyro is slow."""
+    """The class of the effect handler that makes values of latent sites from z; on first use, as Pyro is slow."""
     from pyro.poutine.messenger import Messenger
 
     class Coordinates(Messenger):

@@ -255,8 +255,12 @@ def chains(table: Table) -> Panel | None:
     return Panel(
         title="Do the Markov chains agree?",
         columns=[heading for heading, _ in CHAINS.values()],
-        lines=[(row.label, [_of_chains(row, found[row.label].get(metric), metric) for metric in CHAINS]) for row in rows],
-        about=["chains: the worst of the model's quantities; R-hat is 1 where they agree, sample sizes are effective ones"],
+        lines=[
+            (row.label, [_of_chains(row, found[row.label].get(metric), metric) for metric in CHAINS]) for row in rows
+        ],
+        about=[
+            "chains: the worst of the model's quantities; R-hat is 1 where they agree, sample sizes are effective ones"
+        ],
         notes=[],
         kinds=frozenset(estimate.kind for estimates in found.values() for estimate in estimates.values()),
     )

@@ -91,7 +91,9 @@ class Chains(Evaluator):
     def _warning(self, metric: str, name: str, value: float, chains: int) -> str:
         fewest = self.ess_per_chain * chains
         if metric == "r_hat_max":
-            return f"R-hat of {name} is {value:.3f}, above {self.r_hat:g}: chains disagree" if value > self.r_hat else ""
+            return (
+                f"R-hat of {name} is {value:.3f}, above {self.r_hat:g}: chains disagree" if value > self.r_hat else ""
+            )
         part = "bulk" if metric == "ess_bulk_min" else "tails"
         return f"draws of {name} are worth {value:.0f} for its {part}, fewer than {fewest:g}" if value < fewest else ""
 
@@ -127,13 +129,15 @@ def diagnostics(found: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     if not moving:
         raise ArithmeticError("all draws are the same: no chain has moved")
     draws = np.stack(list(moving.values()))
-    axes = {"chain_axis": 1, "draw_axis": 2}
     with np.errstate(divide="ignore"):  # chains that are stuck at different places
-        r_hat = array_stats.rhat(draws, **axes)
-    bulk = array_stats.ess(draws, method="bulk", **axes)
-    tail = array_stats.ess(draws, method="tail", prob=TAILS, **axes)
-    named = {"r_hat": r_hat, "ess_bulk": bulk, "ess_tail": tail}
-    return {metric: dict(zip(moving, values.tolist(), strict=True)) for metric, values in named.items()}
+        r_hat = array_stats.rhat(draws, chain_axis=1, draw_axis=2)
+    bulk = array_stats.ess(draws, chain_axis=1, draw_axis=2, method="bulk")
+    tail = array_stats.ess(draws, chain_axis=1, draw_axis=2, method="tail", prob=TAILS)
+    columns = {"r_hat": r_hat, "ess_bulk": bulk, "ess_tail": tail}
+    return {
+        metric: dict(zip(moving, np.asarray(column, dtype=np.float64).tolist(), strict=True))
+        for metric, column in columns.items()
+    }
 
 
 @hookimpl

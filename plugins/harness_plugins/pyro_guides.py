@@ -141,7 +141,7 @@ def _expansion(guide: Guide) -> Any:
     try:
         with seeded(0), pyro.get_param_store().scope(), torch.enable_grad():
             return guide.guide.laplace_approximation(guide.x).get_posterior()
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
         raise Diverged("the Hessian of log p(x, z) is not negative definite where the search ended: no mode") from None
     finally:
         guide.requires_grad_(False)

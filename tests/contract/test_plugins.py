@@ -48,9 +48,7 @@ def with_few_draws(method: Method) -> Method:
     return replace(method, **{name: value for name, value in FEW.items() if name in method.config})  # type: ignore[type-var]
 
 
-METHODS = [
-    pytest.param(with_few_draws(provided.thing), id=name) for name, provided in REGISTRY.methods.items()
-]
+METHODS = [pytest.param(with_few_draws(provided.thing), id=name) for name, provided in REGISTRY.methods.items()]
 
 
 @pytest.mark.parametrize("method", METHODS)
