@@ -45,6 +45,7 @@ class Measurement:
         split: Where the observations are from, unless it is the test split, e.g. `simulated`.
         settings: The estimator's settings and diagnostics, JSON-compatible.
         traces: Arrays of diagnostics for figures, of any shape, by name.
+        warning: Why the fit, or all that is measured of it, is not to be believed; empty if it is. Reports mark it.
 
     Raises:
         ArithmeticError: If a value or an error is not finite: that is a failure, never a value.
@@ -61,6 +62,7 @@ class Measurement:
     split: str = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
     traces: Mapping[str, np.ndarray] = field(default_factory=dict)
+    warning: str = ""
 
     def __post_init__(self) -> None:
         bad = int((~np.isfinite(self.values + self.stderrs)).sum())

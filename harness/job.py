@@ -313,6 +313,7 @@ def _arrays(measurement: Measurement) -> list[tuple[str, np.ndarray]]:
 def _columns(measurement: Measurement) -> Facts:
     stderr_test = measurement.stderr_test
     split = {"split": measurement.split} if measurement.split else {}
+    settings = dict(measurement.settings) | ({"warning": measurement.warning} if measurement.warning else {})
     return {
         **split,
         "metric": measurement.metric,
@@ -323,5 +324,5 @@ def _columns(measurement: Measurement) -> Facts:
         "stderr": measurement.stderr,
         "stderr_test": stderr_test if np.isfinite(stderr_test) else None,
         "n_observations": len(measurement.values),
-        "settings": json.dumps(dict(measurement.settings), sort_keys=True),
+        "settings": json.dumps(settings, sort_keys=True),
     }

@@ -214,6 +214,14 @@ class Fit:
     curve: tuple[CurvePoint, ...] = ()
 
 
+def unfit_for_one_posterior(view: TrainingView) -> str | None:
+    """Why a method that approximates the posterior of one observation cannot be used on a problem, or None."""
+    if len(view.train) != 1:
+        return f"approximates a single posterior, and this problem has {len(view.train):,} observations"
+    names = [name for name, _ in view.model.named_parameters()]
+    return f"takes the model as given, and this one has parameters to learn: {', '.join(names)}" if names else None
+
+
 class Method(Configurable, ABC):
     """An inference method: a plugin is a frozen dataclass that derives from this; its fields are its options."""
 

@@ -99,3 +99,51 @@ class LocalGaussian(LocalFamily):
         eps = torch.randn(shape, generator=generator, device=self.mean.device, dtype=self.mean.dtype)
         z = self.mean + torch.exp(self.log_sd) * eps
         return z, log_normal(eps) - self.log_sd.sum(-1)
+
+
+@runtime_checkable
+class HasChains(Protocol):
+    """The draws of Markov chains, in the order in which they were made."""
+
+    def chains(self) -> Tensor:
+        """Draws of C chains after their warm-up, shape (C, n, N, D)."""
+        ...
+
+    def divergences(self) -> Tensor:
+        """How many of these transitions an integrator broke down in, for each chain: shape (C,), int64."""
+        ...
+
+
+class ChainPosterior(Posterior):
+    """Stored draws of Markov chains for one observation; x says nothing that they have not been told.
+
+    Fewer draws than there are come without replacement, evenly spaced along the chains and in random order: neighbours
+    resemble each other most. Of more draws than there are, all are given once (or as often as goes), then some again.
+
+    Args:
+        draws: Shape (C, n, 1, D).
+        divergences: Shape (C,), int64.
+    """
+
+    def __init__(self, draws: Tensor, divergences: Tensor) -> None:
+        self.draws, self.diverged = draws, divergences
+
+    def chains(self) -> Tensor:
+        return self.draws
+
+    def divergences(self) -> Tensor:
+        return self.diverged
+
+    def sample(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        columns = [self.draws.flatten(0, 2)[self._chosen(n, generator)] for _ in range(len(x))]
+        return torch.stack(columns, dim=1).to(x.dtype)
+
+    def _chosen(self, n: int, generator: torch.Generator) -> Tensor:
+        """Indices of n of all M draws: n // M times all, and the rest evenly spaced from a random one on."""
+        total = self.draws.shape[:2].numel()
+        kwargs = {"generator": generator, "device": generator.device}
+        passes = [torch.randperm(total, **kwargs) for _ in range(n // total)]
+        rest = n % total
+        spaced = torch.arange(rest, device=generator.device) * total // max(1, rest)
+        spaced = (spaced + torch.randint(total, (), **kwargs)) % total
+        return torch.cat([*passes, spaced[torch.randperm(rest, **kwargs)]])

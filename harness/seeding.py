@@ -54,6 +54,43 @@ class Streams:
             yield
 
 
+def process_wide(device: torch.device) -> torch.Generator:
+    """The generator that torch draws from on a device where none is named."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    return torch.default_generator
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the process-wide generators of random, numpy and torch; afterwards they are as before.
+
+    Cheap enough for every step of a loop, as `torch.manual_seed` and `torch.random.fork_rng` are not.
+    """
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    devices = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    states = [(stream, stream.get_state()) for stream in (torch.default_generator, *devices)]
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        for stream, _ in states:
+            stream.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        for stream, state in states:
+            stream.set_state(state)
+
+
+@contextmanager
+def drawing_from(generator: torch.Generator) -> Iterator[None]:
+    """Libraries that know the process-wide generators only draw from ``generator``: one number of it seeds them all."""
+    seed = int(torch.randint(2**63 - 1, (), generator=generator, device=generator.device))
+    with seeded(seed):
+        yield
+
+
 @contextmanager
 def isolated(seed: int) -> Iterator[None]:
     """Seed the process-wide generators for one job; restore them, the default dtype and Pyro's state afterwards."""

@@ -143,6 +143,7 @@ def _row(label: str, rows: Sequence[Row], values: ValuesOf) -> MethodRow:
         evidence=evidence,
         certificates=trust.certificates(rows),
         agreements=trust.agreements(evidence, jobs, values),
+        warnings=trust.warnings(rows),
     )
 
 

@@ -20,7 +20,7 @@ MARKS = {
 }
 """Read before a number, so that "≥ -91.2" says what it is."""
 
-BEST, EXCEEDS, DOUBTED, ONE_SEED, MISSING = "*", "!", "†", "°", "-"
+BEST, EXCEEDS, DOUBTED, WARNED, ONE_SEED, MISSING = "*", "!", "†", "‡", "°", "-"
 HEADINGS = {
     "log_likelihood": "log p(x)",
     "elbo": "ELBO",
@@ -138,6 +138,11 @@ def observations(table: Table) -> str:
 def scored(row: MethodRow) -> Sequence[int]:
     """The numbers of observations that the row's log p(x) is a mean over."""
     return row.shown["log_likelihood"].n_observations if "log_likelihood" in row.shown else ()
+
+
+def label_flags(row: MethodRow) -> list[str]:
+    """Beside a method's name."""
+    return [flag for flag, applies in ((BEST, row.best), (WARNED, row.warnings)) if applies]
 
 
 def seed_list(seeds: Sequence[int]) -> str:

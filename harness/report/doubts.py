@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from harness.report.cells import DOUBTED, EXCEEDS, one_line, seed_list
+from harness.report.cells import DOUBTED, EXCEEDS, WARNED, one_line, seed_list
 from harness.report.tables import Certificate, Checks, MethodRow, Table
 from harness.report.trust import GAP, anneals, differing, gap_error, settings
 from harness.statistics import DENSITY_RATIO, DISAGREEMENT, LOWER_BOUNDS, Agreement, Estimate, stem
@@ -60,6 +60,17 @@ def of_certificate(row: MethodRow, evaluator: str) -> list[str]:
     what = f"{DOUBTED} {one_line(row.label)}: log p(x) by {one_line(evaluator)} is untrusted and not ranked"
     over = f"over the threshold of {threshold:g} ({seed_list(found.untrusted)})"
     return [f"{what}: BDMC gap {gap} nats on simulated observations, {over}"]
+
+
+def of_warnings(row: MethodRow) -> list[str]:
+    """The warnings of a method's measurements: in the words of the first seed, with the others that have one too."""
+    told: list[str] = []
+    for (evaluator, metric), texts in row.warnings.items():
+        (seed, text), *others = texts.items()
+        too = f", likewise {seed_list([seed for seed, _ in others])}" if others else ""
+        what = f"{WARNED} {one_line(row.label)}: {one_line(metric)} by {one_line(evaluator)}"
+        told.append(f"{what}: {one_line(text)} ({seed_list([seed])}{too})")
+    return told
 
 
 def of_ranking(table: Table) -> list[str]:

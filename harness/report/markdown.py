@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from harness import statistics
 from harness.report import cells, doubts, notes, tables
 from harness.report.build import tables_of
-from harness.report.panels import FLAGS, UNTRUSTED, Entry, Panel, panels
+from harness.report.panels import FLAGS, UNTRUSTED, WARNING, Entry, Panel, panels
 from harness.report.tables import MethodRow, Table
 from harness.statistics import Estimate, Row
 
@@ -132,6 +132,8 @@ def _line(table: Table, row: MethodRow, places: Mapping[str, int]) -> list[str]:
     if row.untrusted:
         scores["log_likelihood"] += f" ({UNTRUSTED})"
     name, score = escape(row.label), scores.pop("log_likelihood")
+    if row.warnings:
+        name += f" {escape(cells.WARNED)} (warning)"
     if row.best:
         name, score = f"**{name}** {escape(cells.BEST)}", f"**{score}**"
     difference = _inline(cells.difference_cell(table, row, places["log_likelihood"]))
@@ -178,7 +180,9 @@ def _number_line(row: MethodRow, estimate: Estimate) -> list[str]:
     kind = estimate.bounds if told else "; ".join(filter(None, [estimate.kind, estimate.bounds]))
     bits = f"{estimate.bits_per_dim:.4f}" if math.isfinite(estimate.bits_per_dim) else "-"
     observations = ", ".join(f"{n:,}" for n in estimate.n_observations)
-    value = f"{estimate.value:.6g} {estimate.unit}" + (f" ({UNTRUSTED})" if doubts.doubted(row, estimate) else "")
+    flags = [UNTRUSTED] if doubts.doubted(row, estimate) else []
+    flags += [WARNING] if (estimate.evaluator, estimate.metric) in row.warnings else []
+    value = " ".join([f"{estimate.value:.6g}", *filter(None, [estimate.unit]), *(f"({FLAGS[flag]})" for flag in flags)])
     texts = (row.label, estimate.metric, estimate.evaluator, kind, estimate.split, value)
     numbers = (*(f"{error:.2g}" if math.isfinite(error) else "unknown" for error in errors), str(estimate.seeds))
     shown = [escape(text) for text in (*texts, *numbers, observations, bits)]

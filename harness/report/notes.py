@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from harness.report import doubts, tables
-from harness.report.cells import BEST, DOUBTED, EXCEEDS, MARKS, ONE_SEED, one_line, scored, seed_list
+from harness.report.cells import BEST, DOUBTED, EXCEEDS, MARKS, ONE_SEED, WARNED, one_line, scored, seed_list
 from harness.report.panels import panels
 from harness.report.tables import Issue, MethodRow, Table
 from harness.statistics import DENSITY_RATIO
@@ -41,6 +41,8 @@ def legend(built: Sequence[Table]) -> list[str]:
     lines += dict.fromkeys(line for panel in below for line in panel.about)
     if any(row.untrusted for row in rows):
         lines.append(f"{DOUBTED} untrusted: the BDMC gap is over its threshold; never ranked")
+    if any(row.warnings for row in rows):
+        lines.append(f"{WARNED} one of the fit's measurements carries a warning; never ahead of the others")
     return lines
 
 
@@ -48,6 +50,7 @@ def notes(table: Table) -> list[str]:
     """What a reader has to know before trusting the table, most important first."""
     return [
         *_issue_notes(table),
+        *(note for row in table.rows for note in doubts.of_warnings(row)),
         *(_excess_note(table, row) for row in table.rows if row.exceeds),
         *(note for row in table.rows for note in doubts.of_certificate(row, table.evaluator)),
         *doubts.of_ranking(table),

@@ -16,12 +16,19 @@ from harness.report.tables import Checks, MethodRow, Table
 from harness.report.trust import GAP
 from harness.statistics import Agreement, Estimate, stem
 
-UNTRUSTED, VACUOUS, EXCEEDS = "untrusted", "vacuous", "exceeds"
-FLAGS = {UNTRUSTED: "untrusted", VACUOUS: "vacuous", EXCEEDS: "exceeds log p(x)"}
+UNTRUSTED, VACUOUS, EXCEEDS, WARNING = "untrusted", "vacuous", "exceeds", "warning"
+FLAGS = {UNTRUSTED: "untrusted", VACUOUS: "vacuous", EXCEEDS: "exceeds log p(x)", WARNING: "warning"}
 """Short, as in a narrow column -> in full."""
 ERRORS = ("± over seeds", "± estimator", "± over x")
 """Standard deviation over seeds, the estimator's standard error, and that from the choice of observations."""
 GAPS = ("approximation_gap", "amortisation_gap", "kl_to_posterior")
+CHAINS = {
+    "r_hat_max": ("largest\nR-hat", 3),
+    "ess_bulk_min": ("bulk, worth\ndraws", 0),
+    "ess_tail_min": ("tails, worth\ndraws", 0),
+    "divergences": ("diver-\ngences", 1),
+}
+"""Metric -> heading and decimals."""
 
 
 class Entry(NamedTuple):
@@ -55,7 +62,7 @@ class Panel:
 
 def panels(table: Table) -> list[Panel]:
     """Those that have anything to show."""
-    return [panel for panel in (trust(table), checks(table), gaps(table)) if panel]
+    return [panel for panel in (trust(table), checks(table), gaps(table), chains(table)) if panel]
 
 
 def entry(row: MethodRow, estimate: Estimate | None, places: int, flags: Iterable[str] = ()) -> Entry:
@@ -234,3 +241,31 @@ def gaps(table: Table) -> Panel | None:
         notes=doubts.of_gaps(table),
         kinds=frozenset(estimate.kind for estimates in found.values() for estimate in estimates.values()),
     )
+
+
+# Markov chains
+
+
+def chains(table: Table) -> Panel | None:
+    """Whether Markov chains agree, and what their draws are worth; None if nobody measured it."""
+    found = {row.label: {e.metric: e for e in row.estimates if e.metric in CHAINS} for row in table.rows}
+    rows = [row for row in table.rows if found[row.label]]
+    if not rows:
+        return None
+    return Panel(
+        title="Do the Markov chains agree?",
+        columns=[heading for heading, _ in CHAINS.values()],
+        lines=[
+            (row.label, [_of_chains(row, found[row.label].get(metric), metric) for metric in CHAINS]) for row in rows
+        ],
+        about=[
+            "chains: the worst of the model's quantities; R-hat is 1 where they agree, sample sizes are effective ones"
+        ],
+        notes=[],
+        kinds=frozenset(estimate.kind for estimates in found.values() for estimate in estimates.values()),
+    )
+
+
+def _of_chains(row: MethodRow, estimate: Estimate | None, metric: str) -> Entry:
+    warned = estimate is not None and (estimate.evaluator, metric) in row.warnings
+    return entry(row, estimate, CHAINS[metric][1], [WARNING] if warned else [])

@@ -110,6 +110,7 @@ class MethodRow:
         certificates: By evaluator, of these and others; one that bidirectional bounds say nothing about is not in it.
         agreements: Of every two of them the first less the second, by their names.
         checks: None where nobody checked the posterior.
+        warnings: Why the fit is not to be believed, as its measurements say: by evaluator and metric, for each seed.
     """
 
     label: str
@@ -131,6 +132,9 @@ class MethodRow:
     certificates: Mapping[str, Certificate] = field(default_factory=dict[str, Certificate])
     agreements: Mapping[tuple[str, str], Agreement] = field(default_factory=dict[tuple[str, str], Agreement])
     checks: Checks | None = None
+    warnings: Mapping[tuple[str, str], Mapping[int, str]] = field(
+        default_factory=dict[tuple[str, str], Mapping[int, str]]
+    )
 
     def distrusts(self, evaluator: str) -> bool:
         """Whether what that evaluator says of log p(x) is marked as untrusted."""

@@ -20,7 +20,7 @@ from harness.statistics import DENSITY_RATIO
 
 _ASCII = str.maketrans(
     {"±": "+-", "≈": "u", "≥": ">", "≳": "s>", "≲": "s<", "→": "c", "Δ": "diff", "·": "|", "…": "...", "°": "'"}
-    | {"†": "#"}
+    | {"†": "#", "‡": "##"}
 )
 _HEADINGS = {"elbo": "ELBO", "kl_to_prior": "KL to\nprior", "reconstruction": "recon-\nstruction"}
 
@@ -83,7 +83,8 @@ def _rich(table: Table, write: _Writer) -> RichTable:
 def _cells(table: Table, row: MethodRow, places: Mapping[str, int], write: _Writer) -> list[Text]:
     """Each cell has two lines: the number, and below it its spread or error."""
     failed = len(row.jobs) < len(row.statuses)
-    name = write(cells.one_line(row.label) + (f" {cells.BEST}" if row.best else ""), "bold" if row.best else "")
+    flags = "".join(f" {flag}" for flag in cells.label_flags(row))
+    name = write(cells.one_line(row.label) + flags, "bold" if row.best else "")
     name.append_text(write(f"\n{cells.seeds(row)}", "red" if failed else "dim"))
     scores = {column: _two_lines(write, cells.estimate_cell(row, column, places[column])) for column in tables.COLUMNS}
     for column, text in scores.items():

@@ -35,6 +35,8 @@ KERNELS = (
     "chains", "temperatures", "leapfrog", "schedule", "start", "widening", "moment_samples", "target_acceptance",
 )  # fmt: skip
 """Settings that a certificate must have in common with what it certifies."""
+WARNING = "warning"
+"""The setting that holds the warning of a measurement."""
 ANNEALS = "temperatures"
 """The setting that only estimators that anneal have."""
 
@@ -153,6 +155,19 @@ def _looser(row: MethodRow) -> set[str]:
     }
 
 
+# Warnings
+
+
+def warnings(rows: Sequence[Row]) -> dict[tuple[str, str], dict[int, str]]:
+    """The warnings that measurements of one method carry, by evaluator and metric, for each seed."""
+    found: dict[tuple[str, str], dict[int, str]] = {}
+    for row in sorted(statistics.measured(rows), key=lambda row: int(row["seed"])):
+        text = settings(row["settings"]).get(WARNING)
+        if text:
+            found.setdefault((row["evaluator"], row["metric"]), {}).setdefault(int(row["seed"]), text)
+    return found
+
+
 # Ranking
 
 
@@ -160,7 +175,7 @@ def best(table: Table, difference: Callable[[MethodRow, MethodRow], Difference |
     """The row whose log-likelihood is ahead of every other's beyond the noise and the gaps, if there is one.
 
     There is none where kinds differ or are density ratios, where a row is untrusted, where a pair shares one seed only,
-    and where the leader has a seed that did not end well: the rest would flatter it.
+    and where the leader has a seed that did not end well, as the rest would flatter it, or carries a warning.
     """
     ranked = {row.label: row.shown[LOG_LIKELIHOOD] for row in table.rows if LOG_LIKELIHOOD in row.shown}
     kinds = {estimate.kind for estimate in ranked.values()}
@@ -168,7 +183,7 @@ def best(table: Table, difference: Callable[[MethodRow, MethodRow], Difference |
     if len(ranked) < 2 or len(kinds) > 1 or DENSITY_RATIO in kinds or any(row.untrusted for row in rows):
         return None
     leader = max(rows, key=lambda row: ranked[row.label].value)
-    if ranked[leader.label].seeds != len(leader.statuses):
+    if ranked[leader.label].seeds != len(leader.statuses) or leader.warnings:
         return None
     for row in rows:
         ahead = difference(leader, row)

@@ -14,7 +14,7 @@ from harness.method import Fit, Method
 from harness.problem import Problem, placed
 from harness.testing.laws import check_options, require, require_equal, untouched
 from harness.testing.methods import trial
-from harness.testing.small import SmallProblem, known_fit, view_of
+from harness.testing.small import SmallProblem, known_fit, problem_for, view_of
 
 
 def check_evaluator(evaluator: Evaluator, method: Method | None = None, problem: Problem | None = None) -> None:
@@ -22,13 +22,13 @@ def check_evaluator(evaluator: Evaluator, method: Method | None = None, problem:
 
     Args:
         method: Whose fit to measure; unless given, a fit whose posterior has every capability.
-        problem: Unless given, `SmallProblem`.
+        problem: Unless given, `SmallProblem`, or `SmallPosteriorProblem` if the method is unfit for that.
 
     Raises:
         ConformanceError: If a law does not hold.
     """
     check_options(evaluator, Evaluator)
-    problem = problem or SmallProblem()
+    problem = problem or (problem_for(method) if method else SmallProblem())
     fit = trial(method, problem).fit if method else known_fit(view_of(problem))
     reason = evaluator.undefined(fit, problem)
     require(reason is None or bool(reason.strip()), f"{evaluator.name}: undefined without a reason")
@@ -69,6 +69,8 @@ def _check_measurement(name: str, measurement: Measurement, again: Measurement, 
     inside = bool((indices < n_test).all()) or measurement.split not in ("", "test")
     require(inside, f"{what}: indices must lie within the test split, or name another split")
     json.dumps(dict(measurement.settings), allow_nan=False)
+    require(measurement.warning == again.warning, f"{what}: measuring the same fit twice gives different warnings")
+    require(measurement.warning.isprintable(), f"{what}: a warning is one line of text, got {measurement.warning!r}")
     _check_traces(what, measurement.traces, again.traces)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pickle
 import random
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -65,6 +66,7 @@ def require_mean(draws: Tensor, expected: Tensor | float, what: str) -> None:
 @contextmanager
 def untouched(what: str) -> Iterator[None]:
     """Process-wide generators and settings are the same afterwards."""
+    pyro = sys.modules.get("pyro")
 
     def state() -> dict[str, object]:
         return {
@@ -73,6 +75,8 @@ def untouched(what: str) -> Iterator[None]:
             "random's global generator": random.getstate(),
             "torch's default dtype": torch.get_default_dtype(),
             "torch's gradient mode": torch.is_grad_enabled(),
+            "Pyro's parameters": _pyro_parameters(),
+            "Pyro's settings": repr(pyro.settings.get()) if pyro else "",  # none to compare with if imported meanwhile
         }
 
     before = state()
@@ -80,6 +84,13 @@ def untouched(what: str) -> Iterator[None]:
     after = state()
     changed = [name for name in before if before[name] != after[name]]
     require(not changed, f"{what} changes {', '.join(changed)}; draw from the noise or the generator that is handed in")
+
+
+def _pyro_parameters() -> dict[str, bytes]:
+    """What Pyro's own store holds; nothing before Pyro is imported."""
+    pyro = sys.modules.get("pyro")
+    stored = pyro.get_param_store().named_parameters() if pyro else ()
+    return {name: value.detach().cpu().numpy().tobytes() for name, value in stored}
 
 
 def check_options(thing: Configurable, base: type[Configurable] = Configurable) -> None:

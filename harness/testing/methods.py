@@ -26,7 +26,7 @@ from harness.testing.laws import (
     untouched,
 )
 from harness.testing.posteriors import check_posterior, stream
-from harness.testing.small import SmallProblem, view_of
+from harness.testing.small import problem_for, view_of
 from harness.training import GradientMethod, Modules, Noise
 
 STEPS = 5
@@ -69,13 +69,13 @@ def check_method(method: Method, problem: Problem | None = None) -> None:
     """Everything that the harness asks of a method.
 
     Args:
-        problem: Where to try it; `SmallProblem` unless given.
+        problem: Where to try it; unless given, `SmallProblem`, or `SmallPosteriorProblem` if it is unfit for that.
 
     Raises:
         ConformanceError: If a law does not hold.
     """
     check_options(method, Method)
-    problem = problem or SmallProblem()
+    problem = problem or problem_for(method)
     view = view_of(problem)
     unfit = method.unfit(view)
     require(unfit is None, f"{method.name} is unfit for {problem.label} ({unfit}): check it on another problem")

@@ -1,0 +1,216 @@
+r"""Gaussian and flow approximations of a single posterior by Pyro's automatic guides; mean-field and full-rank ADVI.
+
+.. math:: \max_\phi E_{q_\phi(z)}[\log p(x, z) - \log q_\phi(z)]
+
+with q a diagonal Gaussian (`mean-field`), a Gaussian (`full-rank`) or another family (`pyro`), all in unconstrained
+coordinates. Kucukelbir, Tran, Ranganath, Gelman, Blei 2017, https://jmlr.org/papers/v18/16-107.html
+
+`laplace` is the Gaussian of the second-order expansion of log p(x, z) at a mode. Tierney and Kadane 1986,
+https://doi.org/10.1080/01621459.1986.10478240
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+
+from harness import hookimpl
+from harness.method import Diverged, unfit_for_one_posterior
+from harness.posterior import LocalFamily, LocalGaussian, Posterior
+from harness.problem import TrainingView
+from harness.pyro_guide import SEED, Guide, SVIMethod, negative_elbo, program_of, seed_of
+from harness.seeding import drawing_from, process_wide, seeded
+from harness.training import Modules, Noise
+
+Family = Literal[
+    "AutoDiagonalNormal",
+    "AutoMultivariateNormal",
+    "AutoLowRankMultivariateNormal",
+    "AutoLaplaceApproximation",
+    "AutoIAFNormal",
+]
+PRIOR_DRAWS = 15  # whose median is where a guide starts: as many as Pyro takes for univariate sites
+
+
+class AutoPosterior(Posterior):
+    """q(z), the distribution that an automatic guide has come to; x says nothing that it has not been told.
+
+    Args:
+        distribution: A Pyro distribution with the event shape (D,).
+    """
+
+    def __init__(self, distribution: Any) -> None:
+        self.distribution = distribution
+
+    def sample(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        with drawing_from(generator), torch.no_grad():
+            return self.distribution.sample((n, len(x)))
+
+    def sample_and_log_prob(self, x: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        z = self.sample(x, n, generator)
+        return z, self.distribution.log_prob(z)
+
+    def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.distribution.log_prob(z)
+
+
+class MeanFieldPosterior(AutoPosterior):
+    """A diagonal Gaussian."""
+
+    def local(self, x: Tensor) -> LocalFamily:
+        mean, sd = self.distribution.mean, self.distribution.stddev
+        return LocalGaussian(mean.expand(len(x), -1), sd.log().expand(len(x), -1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoGuideMethod(SVIMethod):
+    """A method whose guide is one of Pyro's automatic ones: the same q(z) whatever x is, for the one observation.
+
+    The learning rate is for latents on a scale of about 1; its decay over the last 60 % of the budget takes the noise
+    of the gradients out of the result.
+
+    Args:
+        batch_size: A minibatch is that many copies of the one observation, each with draws of its own.
+    """
+
+    lr: PositiveFloat = 0.03
+    lr_decay: PositiveFloat = 0.01
+    batch_size: PositiveInt = 1
+
+    @property
+    @abstractmethod
+    def family(self) -> Family:
+        """Name of the guide in `pyro.infer.autoguide`."""
+
+    @property
+    def particles(self) -> int:
+        """Draws of z for each copy of the observation, at each step."""
+        return 1
+
+    def unfit(self, view: TrainingView) -> str | None:
+        if self.family == "AutoIAFNormal" and view.latent_dim == 1:
+            return "an autoregressive flow needs at least two dimensions"
+        return unfit_for_one_posterior(view)
+
+    def build(self, view: TrainingView) -> Modules:
+        return Modules({"model": view.model, "guide": Guide(_guide(self.family, view), view.validation[:1])})
+
+    def noise(self, view: TrainingView) -> dict[str, tuple[int, ...]]:
+        return {} if self.family == "AutoLaplaceApproximation" else SEED
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        seed = seed_of(noise["seed"]) if noise else 0
+        loss = negative_elbo(modules["model"], modules["guide"], x[:1], self.particles * len(x), seed)
+        return {"negative_elbo": loss}
+
+    def posterior(self, modules: Modules) -> Posterior:
+        guide = modules["guide"]
+        if self.family == "AutoLaplaceApproximation":
+            return AutoPosterior(_expansion(guide))
+        kind = MeanFieldPosterior if self.family == "AutoDiagonalNormal" else AutoPosterior
+        return kind(guide.guide.get_posterior())
+
+
+def _guide(family: Family, view: TrainingView) -> Any:
+    """A guide that starts at a median of draws from the prior, drawn like all initial weights."""
+    from pyro.infer import autoguide
+    from pyro.infer.autoguide.initialization import init_to_value
+
+    device = view.validation.device
+    program = program_of(view.model, device)
+    if family == "AutoIAFNormal":  # starts as the standard normal distribution, slightly disturbed
+        return autoguide.AutoIAFNormal(program)
+    start = view.model.sample_prior(PRIOR_DRAWS, process_wide(device)).median(0).values
+    return getattr(autoguide, family)(program, init_loc_fn=init_to_value(values={"z": start[None]}))
+
+
+def _expansion(guide: Guide) -> Any:
+    """The Gaussian at the mode that the guide has come to.
+
+    Raises:
+        Diverged: If log p(x, z) has no maximum there.
+    """
+    import pyro
+
+    guide.requires_grad_(True)
+    try:
+        with seeded(0), pyro.get_param_store().scope(), torch.enable_grad():
+            return guide.guide.laplace_approximation(guide.x).get_posterior()
+    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
+        raise Diverged("the Hessian of log p(x, z) is not negative definite where the search ended: no mode") from None
+    finally:
+        guide.requires_grad_(False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithDraws(AutoGuideMethod):
+    """A method whose guide is one that draws.
+
+    Args:
+        num_particles: Draws of z at each step.
+    """
+
+    num_particles: PositiveInt = 10
+
+    @property
+    def particles(self) -> int:
+        return self.num_particles
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoGuide(WithDraws):
+    """One of Pyro's automatic guides.
+
+    Args:
+        guide: Its name in Pyro. With AutoLaplaceApproximation nothing is drawn while the mode is searched for.
+    """
+
+    name: str = "pyro"
+    guide: Family = "AutoDiagonalNormal"
+
+    @property
+    def family(self) -> Family:
+        return self.guide
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanField(WithDraws):
+    """The diagonal Gaussian with the highest ELBO (mean-field ADVI)."""
+
+    name: str = "mean-field"
+
+    @property
+    def family(self) -> Family:
+        return "AutoDiagonalNormal"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FullRank(WithDraws):
+    """The Gaussian with the highest ELBO (full-rank ADVI)."""
+
+    name: str = "full-rank"
+
+    @property
+    def family(self) -> Family:
+        return "AutoMultivariateNormal"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Laplace(AutoGuideMethod):
+    """The Gaussian at a mode of log p(x, z), with the covariance that its curvature there gives."""
+
+    name: str = "laplace"
+
+    @property
+    def family(self) -> Family:
+        return "AutoLaplaceApproximation"
+
+
+@hookimpl
+def harness_methods() -> list[AutoGuideMethod]:
+    return [AutoGuide(), MeanField(), FullRank(), Laplace()]
