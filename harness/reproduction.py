@@ -17,6 +17,7 @@ from harness.experiment import Experiment, Scale, Suite
 from harness.options import UserError, parse_seeds, unknown
 from harness.planning import select
 from harness.registry import Registry
+from harness.rehearsal import rehearse
 from harness.report.experiment import write
 from harness.report.reproduced import Ran, Results
 from harness.store import Store
@@ -84,8 +85,9 @@ def run(
     numbers = parse_seeds(chosen.seeds(at) if seeds is None else seeds)
     folder = Path(out) if out is not None else Path("results") / _folder(chosen.label)
     common = {"device": device, "plugins": plugins, "retry": retry}
-    for suite in chosen.suites(at, {}):
-        plan(**_arguments(suite, numbers, folder), **common)  # mistakes are told of before anything is run
+    *_, suites = rehearse(chosen, at)
+    for suite in suites:  # mistakes are told of before anything is run, in later suites too
+        plan(**_arguments(suite, numbers, folder), **common)
     ran: dict[str, Ran] = {}
     while suite := _next(chosen, at, ran):
         records = compare(**_arguments(suite, numbers, folder), **common, progress=progress)

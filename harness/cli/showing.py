@@ -133,14 +133,18 @@ def _of_evaluator(evaluator: Any) -> Facts:
 
 
 def _of_experiment(experiment: Experiment) -> Facts:
-    """What is run at each scale, as far as it does not depend on results."""
+    """What is run at each scale; of a suite that depends on earlier ones, not what these decide."""
     from harness.experiment import Scale
+    from harness.rehearsal import rehearse
 
     for scale in get_args(Scale):
-        for suite in experiment.suites(scale, {}):
+        asked = list(rehearse(experiment, scale))
+        for suite in asked[-1]:
             runs = ",".join(suite.methods.values())
             seeds = f"seeds {','.join(map(str, suite.seeds))}" if suite.seeds else f"{experiment.seeds(scale)} seeds"
-            yield scale, f"{suite.name}: {runs} on {suite.problem}, {suite.budget or 'default budget'}, {seeds}"
+            known = f"{runs} on {suite.problem}, {suite.budget or 'default budget'}, {seeds}"
+            later = f"on {suite.problem}, {seeds}; depends on the suites before it"
+            yield scale, f"{suite.name}: {known if suite in asked[0] else later}"
 
 
 _FACTS = {

@@ -6,18 +6,15 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import get_args
 
-import pandas as pd
-
 from harness.experiment import Contents, Differences, Experiment, Line, Progression, Reported, Scale, Suite
 from harness.method import Budget
 from harness.planning import find_dtype
-from harness.record import COLUMNS
 from harness.registry import Registry
+from harness.rehearsal import rehearse
 from harness.testing.laws import check_options, require
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 MOST_SUITES = 100
-METRICS = ("log_likelihood", "elbo")  # of the records that suites are asked with
 
 
 def check_experiment(experiment: Experiment, registry: Registry | None = None) -> None:
@@ -36,8 +33,10 @@ def check_experiment(experiment: Experiment, registry: Registry | None = None) -
         what = f"{experiment.name} at scale {scale}"
         seeds = experiment.seeds(scale)
         require(seeds >= 1, f"{what}: {seeds} seeds")
-        suites = _walk(experiment, scale, what)
-        _walk_in_vain(experiment, scale)
+        suites = _rehearsed(experiment, scale, what)
+        require(experiment.suites(scale, {}) == experiment.suites(scale, {}), f"{what}: suites differ when asked twice")
+        for failed in rehearse(experiment, scale, status="failed"):  # can be asked for, whatever the results
+            require(all(suite in suites for suite in failed), f"{what}: where fits have failed there are other suites")
         for suite in suites:
             _check_suite(f"{what}, suite {suite.name}", suite, registry)
         contents = experiment.contents(scale)
@@ -45,45 +44,17 @@ def check_experiment(experiment: Experiment, registry: Registry | None = None) -
         _check_contents(what, contents, {suite.name: suite for suite in suites})
 
 
-def _walk(experiment: Experiment, scale: Scale, what: str) -> list[Suite]:
+def _rehearsed(experiment: Experiment, scale: Scale, what: str) -> list[Suite]:
     """All suites where every fit ends well; each time that it is asked, those named before stay as they are."""
-    known, done = list[Suite](), dict[str, pd.DataFrame]()
-    for _ in range(MOST_SUITES):
-        suites = experiment.suites(scale, done)
+    asked: list[list[Suite]] = []
+    for suites in rehearse(experiment, scale):
         names = [suite.name for suite in suites]
         require(bool(suites), f"{what}: no suite")
         require(len(set(names)) == len(names), f"{what}: two suites of one name: {names}")
-        require(suites == experiment.suites(scale, done), f"{what}: suites differ when asked for twice")
-        require(all(suite in suites for suite in known), f"{what}: a suite changes once others have been run")
-        known = suites
-        following = next((suite for suite in suites if suite.name not in done), None)
-        if following is None:
-            return suites
-        done[following.name] = _records(following, "ok")
-    require(False, f"{what}: more than {MOST_SUITES} suites; does it end?")
-    raise AssertionError
-
-
-def _walk_in_vain(experiment: Experiment, scale: Scale) -> None:
-    """Where every fit has failed, suites can still be asked for."""
-    first = experiment.suites(scale, {})
-    experiment.suites(scale, {suite.name: _records(suite, "failed") for suite in first})
-
-
-def _records(suite: Suite, status: str) -> pd.DataFrame:
-    """Records as they would be of two seeds; those of failed fits have no numbers."""
-    rows = [
-        {
-            "run": run, "suite": suite.name, "job_id": f"{i}-{seed}", "seed": seed, "status": status,
-            "metric": metric if status == "ok" else None, "value": -1.0 - i if status == "ok" else None,
-            "fit_seconds": 1.5 if status == "ok" else None, "fit_steps": 10 if status == "ok" else None,
-            "timing_valid": True,
-        }
-        for i, run in enumerate(suite.methods)
-        for seed in (0, 1)
-        for metric in METRICS[: None if status == "ok" else 1]
-    ]  # fmt: skip
-    return pd.DataFrame(rows, columns=[*COLUMNS, "suite", "run"])
+        require(all(suite in suites for suite in (asked or [[]])[-1]), f"{what}: a suite changes when others have run")
+        asked.append(suites)
+        require(len(asked) <= MOST_SUITES, f"{what}: more than {MOST_SUITES} suites; does it end?")
+    return asked[-1]
 
 
 def _check_suite(what: str, suite: Suite, registry: Registry) -> None:
