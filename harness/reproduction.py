@@ -12,9 +12,10 @@ from typing import Any, get_args
 
 import pandas as pd
 
+from harness import environment
 from harness.comparison import Progress, compare, plan
 from harness.experiment import Experiment, Scale, Suite
-from harness.options import UserError, parse_seeds, unknown
+from harness.options import UserError, parse_seeds, seeds_text, unknown
 from harness.planning import select
 from harness.registry import Registry
 from harness.rehearsal import rehearse
@@ -93,7 +94,7 @@ def run(
         records = compare(**_arguments(suite, numbers, folder), **common, progress=progress)
         ran[suite.name] = Ran(suite, _named(records, suite, registry), Store(folder / suite.name))
     title = f"{chosen.label}, scale {at}"
-    results = Results(title, _command(chosen, at, numbers, common), chosen.contents(at), ran)
+    results = Results(title, _command(chosen, at, numbers, common), chosen.contents(at), ran, _versions(folder, ran))
     return Reproduction(results, _all(ran), folder, write(results, folder))
 
 
@@ -148,9 +149,16 @@ def _named(records: pd.DataFrame, suite: Suite, registry: Registry) -> pd.DataFr
 
 def _command(experiment: Experiment, scale: Scale, seeds: Sequence[int], common: Mapping[str, Any]) -> str:
     """The command line that repeats the run."""
-    words = ["harness", "reproduce", experiment.label, "--scale", scale, "--seeds", ",".join(map(str, seeds))]
+    words = ["harness", "reproduce", experiment.label, "--scale", scale, "--seeds", seeds_text(seeds)]
     words += ["--device", common["device"]] if common["device"] != "auto" else []
     return shlex.join([*words, *(word for path in common["plugins"] for word in ("--plugin", str(path)))])
+
+
+def _versions(folder: Path, suites: Iterable[str]) -> dict[str, list[str]]:
+    """Of Python and the libraries, as each suite's last run had them."""
+    facts = [Store(folder / suite).environment() for suite in suites]
+    names = [name for name in environment.versions() if name != "system"]
+    return {name: list(dict.fromkeys(str(found[name]) for found in facts if name in found)) for name in names}
 
 
 def _all(ran: Mapping[str, Ran]) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """The store: atomic files in, one pandas DataFrame out.
 
 DIR/store.json                              schema version
+DIR/environment.json                        machine and versions of the last run
 DIR/jobs/JOB.json                           facts and status of a finished job; written last, so it is the commit
 DIR/jobs/JOB.traceback.txt                  of a job that failed
 DIR/fits/JOB/state.safetensors              the trained fit
@@ -132,6 +133,11 @@ class Store:
         """Arrays for figures, see `harness.gallery`."""
         with np.load(self.path / "fits" / job_id / "gallery.npz", allow_pickle=False) as arrays:
             return dict(arrays)
+
+    def environment(self) -> Facts:
+        """Machine and versions of the last run that fitted or measured anything; empty if none has."""
+        path = self.path / "environment.json"
+        return self._read_json(path) if path.is_file() else {}
 
     # Measurements
 

@@ -38,6 +38,7 @@ def write(results: Results, folder: Path) -> Path:
         *_remarks(results),
         *_runs(results),
         *environment([row for ran in results.ran.values() for row in ran.rows]),
+        *_versions(results),
         *["", "To repeat:", "", f"    {cells.one_line(results.repeat, 10_000)}"],
     ]
     path = folder / "report.md"
@@ -118,3 +119,8 @@ def _run(suite: Suite, run: str, rows: Sequence[statistics.Row]) -> list[str]:
     first = rows[0]
     options = assignments(first["config"] or "{}")
     return [suite.name, run, first["problem"], first["budget"], seeds, first["method"], options]
+
+
+def _versions(results: Results) -> list[str]:
+    lines = [[escape(name), escape("; ".join(found))] for name, found in results.versions.items()]
+    return grid(["library", "version"], lines, 2) if lines else []

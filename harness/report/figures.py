@@ -48,8 +48,12 @@ class Source(Protocol):
 
 def colours(tables: Sequence[Table]) -> dict[str, str]:
     """One colour per method, the same in every figure of a report."""
-    labels = dict.fromkeys(row.label for table in tables for row in table.rows)
-    return dict(zip(labels, itertools.cycle(PALETTE + MUTED), strict=False))
+    return colours_of([row.label for table in tables for row in table.rows])
+
+
+def colours_of(labels: Sequence[str]) -> dict[str, str]:
+    """One colour for each label, in the order of their first use."""
+    return dict(zip(dict.fromkeys(labels), itertools.cycle(PALETTE + MUTED), strict=False))
 
 
 def save(figure: Figure, path: Path) -> None:

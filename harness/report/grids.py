@@ -133,6 +133,7 @@ def _kind(estimate: Estimate) -> str:
     counts = " or ".join(f"{n:,}" for n in estimate.n_observations)
     where = "simulated observations" if estimate.split == SIMULATED else "observations"
     scored = f"all {counts} {where} there are" if estimate.exhaustive else f"{counts} {where}"
+    scored = "the one observation" if estimate.n_observations == (1,) else scored
     ratio = ", no bound" if estimate.kind == DENSITY_RATIO else ""
     return f"{cells.mark(estimate.kind)} {estimate.kind}{ratio} by {cells.one_line(estimate.evaluator)}, {scored}"
 
@@ -143,12 +144,15 @@ def _kind(estimate: Estimate) -> str:
 def contrasted(outcomes: Sequence[Outcome]) -> list[Grid]:
     """A table of paired differences for each group."""
     groups = dict.fromkeys(found.contrast.group for found in outcomes)
-    about = "first less second: mean over the seeds and observations that both have, paired ± its standard error; "
-    about += "beyond the noise means beyond the margin: two standard errors, more for few seeds"
+    about = (
+        "difference: mean over the seeds and observations that both have, paired, ± its standard error; a statement is "
+        "observed if it is above zero by more than the margin: two standard errors (more for few seeds) and, where "
+        "log p(x) is by annealing, the certified gap"
+    )
     return [
         Grid(
             title=f"Paired differences{f': {group}' if group else ''}",
-            header=["statement, if the difference is above zero", "first less second", "margin", "seeds", "result"],
+            header=["statement", "difference", "margin", "seeds", "result"],
             lines=[_contrast(found) for found in outcomes if found.contrast.group == group],
             words=frozenset([4]),
             notes=[about],

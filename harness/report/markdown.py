@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from harness import statistics
+from harness.options import seeds_text
 from harness.report import cells, doubts, notes, tables
 from harness.report.build import tables_of
 from harness.report.panels import FLAGS, UNTRUSTED, Entry, Panel, panels
@@ -224,7 +225,7 @@ def _failures(table: Table) -> list[str]:
 def _repeat(table: Table) -> list[str]:
     """The command that asks for these rows."""
     methods = ",".join(f"{row.method}[{assignments(row.config)}]".replace("[]", "") for row in table.rows)
-    seeds = ",".join(str(seed) for seed in sorted({seed for row in table.rows for seed in row.statuses}))
+    seeds = seeds_text(sorted({seed for row in table.rows for seed in row.statuses}))
     evaluators = sorted({found.evaluator for row in table.rows for found in (*row.estimates, *row.issues)} - {""})
     command = ["harness", "compare", "--methods", methods, "--problems", table.key.problem, "--seeds", seeds]
     command += ["--budget", table.key.budget, "--precision", table.key.precision, "--device", table.key.device]

@@ -55,12 +55,14 @@ class Results:
         title: The experiment with its options.
         repeat: The command that made them.
         ran: By the name of the suite, in the order in which they were run.
+        versions: Of Python and the libraries; where runs had different ones, all of them.
     """
 
     title: str
     repeat: str
     contents: Contents
     ran: Mapping[str, Ran]
+    versions: Mapping[str, Sequence[str]]
 
     def records_of(self, line: Line) -> list[Row]:
         """The records of a line; empty if its suite was not run."""
@@ -131,7 +133,7 @@ class Outcome:
         if abs(self.difference.value) > self.difference.margin + self.reach:
             return "observed" if self.difference.value > 0 else "the opposite is observed"
         within = "the certified gap" if self.difference.beyond_noise else "the noise"
-        return f"not observed at this scale: the difference is within {within}"
+        return f"not observed at this scale, within {within}"
 
 
 def outcome(contrast: Contrast, results: Results) -> Outcome:

@@ -6,7 +6,17 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import get_args
 
-from harness.experiment import Contents, Differences, Experiment, Line, Progression, Reported, Scale, Suite
+from harness.experiment import (
+    Contents,
+    Differences,
+    Experiment,
+    Line,
+    Progression,
+    Reported,
+    Scale,
+    Suite,
+    Tabulated,
+)
 from harness.method import Budget
 from harness.planning import find_dtype
 from harness.registry import Registry
@@ -77,25 +87,26 @@ def _check_contents(what: str, contents: Contents, suites: Mapping[str, Suite]) 
         known = line.suite in suites and line.run in suites[line.suite].methods
         require(known, f"{what}: line {line.label!r} speaks of {line.run!r} in {line.suite!r}, which is never run")
     for spec in contents.tables:
-        labels = [line.label for line in spec.lines if isinstance(line, Line)]
-        require(len(set(labels)) == len(labels), f"{what}: table {spec.title!r} has a label twice: {labels}")
-        headings = {column.heading for column in spec.columns}
-        for line in spec.lines:
-            if isinstance(line, Reported):
-                require(
-                    set(line.figures) <= headings, f"{what}: {line.label!r} reports what has no column: {line.figures}"
-                )
-                require(bool(line.source.strip()), f"{what}: {line.label!r} is reported without a source")
+        _check_table(f"{what}, table {spec.title!r}", spec)
     names = [picture.name for picture in contents.pictures]
     require(len(set(names)) == len(names), f"{what}: two pictures of one name: {names}")
     require(all(map(NAME.fullmatch, names)), f"{what}: names of pictures must be lower-case words joined by hyphens")
     groups = {contrast.group for contrast in contents.contrasts}
     for picture in contents.pictures:
         if isinstance(picture, Differences):
-            drawn = set(picture.groups)
-            require(
-                drawn <= groups, f"{what}: {picture.name!r} draws groups {sorted(drawn - groups)} without contrasts"
-            )
+            empty = sorted(set(picture.groups) - groups)
+            require(not empty, f"{what}: picture {picture.name!r} has groups without contrasts: {empty}")
+
+
+def _check_table(what: str, spec: Tabulated) -> None:
+    labels = [line.label for line in spec.lines if isinstance(line, Line)]
+    require(len(set(labels)) == len(labels), f"{what}: a label twice: {labels}")
+    headings = {column.heading for column in spec.columns}
+    for line in spec.lines:
+        if isinstance(line, Reported):
+            unknown = sorted(set(line.figures) - headings)
+            require(not unknown, f"{what}: {line.label!r} reports {unknown}, for which there is no column")
+            require(bool(line.source.strip()), f"{what}: {line.label!r} is reported without a source")
 
 
 def _lines(contents: Contents) -> Iterator[Line]:

@@ -186,7 +186,7 @@ REMARKS = [
         "from the encoder, from moments or from the prior, depending on the method, and adapts step sizes for some "
         "methods only."
     ),
-    "log p(x) measures the decoder, not the posterior. BDMC gap: how loose it may be, on images simulated by the model.",
+    "log p(x) measures the decoder, not the posterior. BDMC gap: how loose it may be, on images of the model.",
     (
         "The released VAE has much smaller networks than the released AVB, and which configurations made Table 2 "
         "cannot be told from the repository. Here all methods have the same decoder and the same trunks."
