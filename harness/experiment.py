@@ -75,10 +75,12 @@ class Column:
 
     Args:
         metrics: Names that it has in the records; of those that a line has, the first that is no density ratio.
+        evaluator: Name of the evaluator, where several measure it; any unless given.
     """
 
     heading: str
     metrics: tuple[str, ...]
+    evaluator: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +104,7 @@ class Contrast:
     Args:
         statement: What is the case if the difference is above zero.
         group: Contrasts of one group stand together in tables and figures.
-        metrics: As in `Column`.
+        metrics, evaluator: As in `Column`.
     """
 
     statement: str
@@ -110,6 +112,7 @@ class Contrast:
     second: Line
     group: str = ""
     metrics: tuple[str, ...] = ("log_likelihood",)
+    evaluator: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +140,7 @@ class Progression:
     Args:
         curves: Label -> lines in the order of their budgets.
         levels: Lines whose fits take no such steps, as level lines.
-        metric: What is drawn.
+        metric, evaluator: What is drawn; as in `Column`.
         floor: Metric of the value that a perfect fit would give by the same estimator; empty if there is none.
         axis: What the metric is, with its unit.
     """
@@ -148,6 +151,7 @@ class Progression:
     levels: Sequence[Line]
     metric: str
     axis: str
+    evaluator: str = ""
     floor: str = ""
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from harness.experiment import Line, Reported, Tabulated
+from harness.experiment import Column, Line, Reported, Tabulated
 from harness.report import cells, doubts, notes
 from harness.report.build import mixed
 from harness.report.panels import UNTRUSTED
@@ -54,7 +54,7 @@ def grids(results: Results) -> list[Grid]:
 def tabulated(spec: Tabulated, results: Results) -> Grid:
     """Means ± standard deviations over seeds, with the figures of others as they were printed."""
     measured = measure(_ours(spec), results)
-    places = {column.heading: _places(spec, column.metrics, measured) for column in spec.columns}
+    places = {column.heading: _places(spec, column, measured) for column in spec.columns}
     return Grid(
         title=spec.title,
         header=["", *(column.heading for column in spec.columns), *COSTS],
@@ -71,8 +71,8 @@ def _ours(spec: Tabulated) -> list[Line]:
     return [line for line in spec.lines if isinstance(line, Line)]
 
 
-def _places(spec: Tabulated, metrics: Sequence[str], measured: Measured) -> int:
-    estimates = [measured.estimate(line.label, metrics) for line in _ours(spec)]
+def _places(spec: Tabulated, column: Column, measured: Measured) -> int:
+    estimates = [measured.estimate(line.label, column) for line in _ours(spec)]
     return cells.decimals([found.spread if found.seeds > 1 else found.stderr for found in estimates if found])
 
 
@@ -84,12 +84,12 @@ def _line(spec: Tabulated, line: Line, measured: Measured, places: Mapping[str, 
     row = measured.rows.get(line.label)
     if row is None:
         return [line.label, *(cells.MISSING for _ in spec.columns), "not run", cells.MISSING]
-    shown = [_number(measured, line.label, column.metrics, places[column.heading]) for column in spec.columns]
+    shown = [_number(measured, line.label, column, places[column.heading]) for column in spec.columns]
     return [line.label, *shown, cells.seeds(row), _joined(cells.timing_cell(row.fit_seconds))]
 
 
-def _number(measured: Measured, label: str, metrics: Sequence[str], places: int) -> str:
-    estimate, row = measured.estimate(label, metrics), measured.rows[label]
+def _number(measured: Measured, label: str, column: Column, places: int) -> str:
+    estimate, row = measured.estimate(label, column), measured.rows[label]
     if estimate is None:
         return cells.MISSING
     error = f"{estimate.spread:.{places}f}" if math.isfinite(estimate.spread) else ""
@@ -123,7 +123,7 @@ def _kinds(spec: Tabulated, measured: Measured) -> list[str]:
     """Each quantity's estimators and kinds."""
     told: list[str] = []
     for column in spec.columns:
-        estimates = [measured.estimate(line.label, column.metrics) for line in _ours(spec)]
+        estimates = [measured.estimate(line.label, column) for line in _ours(spec)]
         facts = dict.fromkeys(_kind(found) for found in estimates if found)
         told += [f"{column.heading}: {'; '.join(facts)}"] if facts else []
     return told
@@ -141,21 +141,23 @@ def _kind(estimate: Estimate) -> str:
 # Contrasts
 
 
+ABOUT_CONTRASTS = (
+    "difference: mean over the seeds and observations that both have, paired, ± its standard error; a statement is "
+    "observed if it is above zero by more than the margin: two standard errors (more for few seeds) and, where "
+    "log p(x) is by annealing, the certified gap"
+)
+
+
 def contrasted(outcomes: Sequence[Outcome]) -> list[Grid]:
     """A table of paired differences for each group."""
-    groups = dict.fromkeys(found.contrast.group for found in outcomes)
-    about = (
-        "difference: mean over the seeds and observations that both have, paired, ± its standard error; a statement is "
-        "observed if it is above zero by more than the margin: two standard errors (more for few seeds) and, where "
-        "log p(x) is by annealing, the certified gap"
-    )
+    groups = list(dict.fromkeys(found.contrast.group for found in outcomes))
     return [
         Grid(
             title=f"Paired differences{f': {group}' if group else ''}",
             header=["statement", "difference", "margin", "seeds", "result"],
             lines=[_contrast(found) for found in outcomes if found.contrast.group == group],
             words=frozenset([4]),
-            notes=[about],
+            notes=[ABOUT_CONTRASTS] if group == groups[-1] else [],
         )
         for group in groups
     ]
@@ -221,7 +223,7 @@ def _summarised(spec: Tabulated, results: Results) -> list[Summary]:
             if isinstance(line, Reported):
                 if column.heading in line.figures:
                     lines.append({**common, "reported": line.figures[column.heading], "source": line.source})
-            elif found := measured.estimate(line.label, column.metrics):
+            elif found := measured.estimate(line.label, column):
                 lines.append({**common, **_columns(found)})
     return lines
 
@@ -240,7 +242,7 @@ def _summarised_contrast(found: Outcome) -> Summary:
     if difference is None:
         return common
     return {
-        **common, "quantity": found.contrast.group, "metric": found.contrast.metrics[0], "value": difference.value,
+        **common, "quantity": found.contrast.group, "metric": found.metric, "value": difference.value,
         "stderr": difference.stderr, "margin": difference.margin + found.reach, "seeds": len(difference.per_seed),
         "observations": difference.n_observations,
     }  # fmt: skip

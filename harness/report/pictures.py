@@ -68,7 +68,9 @@ def differences(picture: Differences, outcomes: Sequence[Outcome]) -> Figure | N
         for position, (each, colour) in enumerate(zip(found, itertools.cycle(PALETTE), strict=False)):
             difference = cast(Difference, each.difference)
             draw_difference(axes, position, difference, difference.margin + each.reach, colour)
-        axes.set_yticks(range(len(found)), [plain(each.contrast.statement) for each in found])
+        doubts = [" (undecided)" if each.obstacle else "" for each in found]
+        labels = [plain(each.contrast.statement) + doubt for each, doubt in zip(found, doubts, strict=True)]
+        axes.set_yticks(range(len(found)), labels)
         axes.set_ylim(len(found) - 0.5, -0.5)
         axes.set_title(plain(group), fontsize=10, loc="left")
         tidy(axes)

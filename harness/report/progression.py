@@ -14,9 +14,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from harness import statistics
 from harness.experiment import Progression
 from harness.report.figures import colours_of, plain, tidy
 from harness.report.reproduced import Results
+from harness.statistics import Row
 
 COLUMNS = ["curve", "place", "level", "seed", "steps", "seconds", "value", "floor"]
 LEVEL_STYLES = ("--", ":", "-.")
@@ -31,7 +33,7 @@ def points(picture: Progression, results: Results) -> pd.DataFrame:
     for label, lines in curves.items():
         for place, line in enumerate(lines):
             for seed, rows in _by_seed(results.records_of(line)).items():
-                values = {row["metric"]: row for row in rows if row["status"] == "ok" and row["metric"]}
+                values = {row["metric"]: row for row in rows if _asked(picture, row)}
                 if picture.metric in values:
                     row, floor = values[picture.metric], values.get(picture.floor)
                     found.append({
@@ -45,8 +47,13 @@ def points(picture: Progression, results: Results) -> pd.DataFrame:
     )
 
 
-def _by_seed(rows: Sequence[Mapping[str, Any]]) -> dict[int, list[Mapping[str, Any]]]:
-    found: dict[int, list[Mapping[str, Any]]] = {}
+def _asked(picture: Progression, row: Row) -> bool:
+    by = picture.evaluator in ("", statistics.stem(row["evaluator"] or ""))
+    return row["status"] == "ok" and by and row["metric"] in (picture.metric, picture.floor)
+
+
+def _by_seed(rows: Sequence[Row]) -> dict[int, list[Row]]:
+    found: dict[int, list[Row]] = {}
     for row in rows:
         found.setdefault(int(row["seed"]), []).append(row)
     return found

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from harness import statistics
-from harness.experiment import Contents, Contrast, Line, Suite
+from harness.experiment import Column, Contents, Contrast, Line, Suite
 from harness.report.build import exceeding, method_rows
 from harness.report.tables import MethodRow, certified_reach
 from harness.report.trust import LOG_LIKELIHOOD, ValuesOf, of_seeds
@@ -87,12 +87,13 @@ class Measured:
     evaluator: str
     rows: Mapping[str, MethodRow]
 
-    def estimate(self, label: str, metrics: Sequence[str]) -> Estimate | None:
+    def estimate(self, label: str, asked: Column | Contrast) -> Estimate | None:
         """What a line says of a quantity: by one evaluator for all where it is log p(x), no density ratio if it can."""
-        row = self.rows.get(label)
+        row, metrics = self.rows.get(label), asked.metrics
         if row is None:
             return None
         known = [e for e in row.estimates if e.metric != LOG_LIKELIHOOD or e.evaluator == self.evaluator]
+        known = [e for e in known if asked.evaluator in ("", statistics.stem(e.evaluator))]
         shown = statistics.choose(known, metrics)
         simulated = [e for e in known if e.metric in metrics and e.split == SIMULATED]
         return shown or next(iter(simulated), None)
@@ -123,6 +124,7 @@ class Outcome:
     difference: Difference | None = None
     reach: float = 0.0
     obstacle: str = ""
+    metric: str = ""
     unit: str = ""
 
     @property
@@ -146,7 +148,7 @@ def outcome(contrast: Contrast, results: Results) -> Outcome:
     missing = [line.label for line in lines if line.label not in measured.rows]
     if missing:
         return Outcome(contrast=contrast, obstacle=f"{' and '.join(missing)} not run")
-    estimates = [measured.estimate(line.label, contrast.metrics) for line in lines]
+    estimates = [measured.estimate(line.label, contrast) for line in lines]
     first, second = (measured.rows[line.label] for line in lines)
     a, b = estimates
     if a is None or b is None:
@@ -161,6 +163,7 @@ def outcome(contrast: Contrast, results: Results) -> Outcome:
         difference=difference,
         reach=_reach(measured.evaluator, first, second) if a.metric == LOG_LIKELIHOOD else 0.0,
         obstacle=_obstacle((first, second), (a, b), difference),
+        metric=a.metric,
         unit=a.unit,
     )
 
