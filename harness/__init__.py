@@ -12,13 +12,20 @@ from harness.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from harness.comparison import compare, data, fit, load
+    from harness.reproduction import reproduce
 
-__all__ = ["compare", "data", "fit", "hookimpl", "load"]
+__all__ = ["compare", "data", "fit", "hookimpl", "load", "reproduce"]
 
-_LAZY = ("compare", "data", "fit", "load")
+_LAZY = {
+    "compare": "harness.comparison",
+    "data": "harness.comparison",
+    "fit": "harness.comparison",
+    "load": "harness.comparison",
+    "reproduce": "harness.reproduction",
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(import_module("harness.comparison"), name)
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

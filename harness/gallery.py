@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from harness.method import Fit
-from harness.model import CanSimulate
+from harness.model import CanSimulate, HasExactDraws, HasQuantities, LatentModel
 from harness.problem import DeviceData
 from harness.seeding import generator
 
 LATENT_DRAWS = 4000
 SAMPLES = 64
 RECONSTRUCTIONS = 10
+POSTERIOR_DRAWS = 4000
+MOST_DIMENSIONS = 16  # of a latent space whose draws are kept
 
 
 @torch.no_grad()
@@ -24,6 +26,9 @@ def gallery(fit: Fit, data: DeviceData, seed: int) -> dict[str, np.ndarray]:
         latent (M, 2) and latent_label (M,): draws of the aggregate posterior over test observations, where D = 2.
         samples (64, H, W): E[x|z] for draws z from the prior; observed and reconstructed (n, H, W): test observations
         and E[x|z] for one draw z from q(z|x) each; where observations have an image's shape.
+        quantities (4000, Q) and quantity_names (Q,): the model's named quantities, else its latents z1, z2 ..., of
+        draws from q(z|x) for the one test observation, where there is one only and D is at most 16; exact_quantities
+        (4000, Q): of as many draws from p(z|x), where these are to be had.
     """
     stream = generator(data.test.device, "gallery", seed)
     shown: dict[str, Tensor] = {}
@@ -34,7 +39,10 @@ def gallery(fit: Fit, data: DeviceData, seed: int) -> dict[str, np.ndarray]:
         z = fit.posterior.sample(observed, 1, stream)
         shown["samples"] = fit.model.mean(fit.model.sample_prior(SAMPLES, stream))
         shown["observed"], shown["reconstructed"] = observed, fit.model.mean(z)[0]
-    return {name: tensor.cpu().numpy() for name, tensor in shown.items()}
+    arrays = {name: tensor.cpu().numpy() for name, tensor in shown.items()}
+    if len(data.test) == 1 and fit.model.latent_dim <= MOST_DIMENSIONS:
+        arrays |= _of_one_posterior(fit, data.test, stream)
+    return arrays
 
 
 def _latent(fit: Fit, data: DeviceData, stream: torch.Generator) -> dict[str, Tensor]:
@@ -44,3 +52,23 @@ def _latent(fit: Fit, data: DeviceData, stream: torch.Generator) -> dict[str, Te
     label = np.zeros(len(data.test), dtype=np.int64) if labels is None else labels
     label_of_draw = torch.from_numpy(np.asarray(label)).to(indices.device)[indices].expand(z.shape[:2])
     return {"latent": z.flatten(0, 1), "latent_label": label_of_draw.flatten()}
+
+
+def _of_one_posterior(fit: Fit, x: Tensor, stream: torch.Generator) -> dict[str, np.ndarray]:
+    drawn = _quantities(fit.model, fit.posterior.sample(x, POSTERIOR_DRAWS, stream)[:, 0])
+    arrays = {"quantity_names": np.array(list(drawn)), "quantities": _columns(drawn)}
+    if isinstance(fit.model, HasExactDraws):
+        exact = fit.model.sample_exact_posterior(x, POSTERIOR_DRAWS, stream)[:, 0]
+        arrays["exact_quantities"] = _columns(_quantities(fit.model, exact))
+    return arrays
+
+
+def _quantities(model: LatentModel, z: Tensor) -> dict[str, Tensor]:
+    """Each (M,), by name, of latents (M, D)."""
+    if isinstance(model, HasQuantities):
+        return model.quantities(z)
+    return {f"z{i + 1}": column for i, column in enumerate(z.unbind(-1))}
+
+
+def _columns(quantities: dict[str, Tensor]) -> np.ndarray:
+    return torch.stack(list(quantities.values()), dim=-1).cpu().numpy()

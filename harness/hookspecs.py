@@ -9,6 +9,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from harness.evaluator import Evaluator
+    from harness.experiment import Experiment
     from harness.job import Job, JobOutcome
     from harness.method import Method
     from harness.problem import Dataset, Problem
@@ -41,6 +42,12 @@ def harness_problems() -> Sequence[Problem]:
 @hookspec
 def harness_evaluators() -> Sequence[Evaluator]:
     """Evaluators, each with its default settings."""
+    ...
+
+
+@hookspec
+def harness_experiments() -> Sequence[Experiment]:
+    """Experiments of papers, each with its default options."""
     ...
 
 

@@ -131,7 +131,7 @@ def unknown(what: str, name: str, known: Iterable[str]) -> str:
 
 
 def parse_seeds(seeds: int | str | Iterable[int]) -> list[int]:
-    """Seeds from how many (``3`` or ``"3"``: 0, 1, 2) or which (``"0,1,2"`` or ``[0, 1, 2]``).
+    """Seeds from how many (``3`` or ``"3"``: 0, 1, 2) or which (``"0,1,2"`` or ``[0, 1, 2]``; ``"7,"`` is one, 7).
 
     Raises:
         UserError: If there is none, too many, the same one twice, or something that is no whole number from 0.
@@ -139,15 +139,22 @@ def parse_seeds(seeds: int | str | Iterable[int]) -> list[int]:
     form = "expected how many (3) or which (0,1,2), whole numbers"
     if isinstance(seeds, str):
         texts = [text.strip() for text in seeds.split(",")]
+        alone = len(texts) == 2 and not texts[1]
+        texts = texts[:1] if alone else texts
         wrong = [text for text in texts if not text.isdecimal() or len(text) > 19]
         if wrong:
             raise UserError(f"seeds {seeds!r}: {wrong[0]!r} is not a whole number from 0 to 2^63 - 1; {form}")
-        seeds = [int(text) for text in texts] if len(texts) > 1 else int(texts[0])
+        seeds = [int(text) for text in texts] if alone or len(texts) > 1 else int(texts[0])
     if isinstance(seeds, int):
         if isinstance(seeds, bool) or not 1 <= seeds <= MAX_SEEDS:
             raise UserError(f"seeds {seeds!r}: how many must be between 1 and {MAX_SEEDS}; {form}")
         return list(range(seeds))
     return _chosen_seeds(seeds, form)
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    """Seeds as on the command line: which."""
+    return ",".join(map(str, seeds)) + ("," if len(seeds) == 1 else "")
 
 
 def _chosen_seeds(seeds: Iterable[int], form: str) -> list[int]:

@@ -13,6 +13,7 @@ import pluggy
 
 from harness import hookspecs
 from harness.evaluator import Evaluator
+from harness.experiment import Experiment
 from harness.loading import PluginError, check_marked, check_prototype, import_file, reason_of
 from harness.method import Method
 from harness.options import Configurable, UserError, configure, parse_selection, unknown
@@ -25,6 +26,7 @@ _KINDS: dict[str, type[Configurable]] = {
     "datasets": Dataset,
     "problems": Problem,
     "evaluators": Evaluator,
+    "experiments": Experiment,
 }
 
 
@@ -59,13 +61,14 @@ class Provided(Generic[T]):
 
 @dataclass
 class Registry:
-    """All methods, datasets, problems and evaluators by name, with the plugin that each comes from."""
+    """All methods, datasets, problems, evaluators and experiments by name, with the plugin that each comes from."""
 
     plugins: list[Plugin] = field(default_factory=list)
     methods: dict[str, Provided[Method]] = field(default_factory=dict)
     datasets: dict[str, Provided[Dataset]] = field(default_factory=dict)
     problems: dict[str, Provided[Problem]] = field(default_factory=dict)
     evaluators: dict[str, Provided[Evaluator]] = field(default_factory=dict)
+    experiments: dict[str, Provided[Experiment]] = field(default_factory=dict)
     manager: pluggy.PluginManager = field(default_factory=lambda: pluggy.PluginManager(hookspecs.PROJECT))
 
     def __post_init__(self) -> None:

@@ -1,6 +1,7 @@
 """The store: atomic files in, one pandas DataFrame out.
 
 DIR/store.json                              schema version
+DIR/environment.json                        machine and versions of the last run
 DIR/jobs/JOB.json                           facts and status of a finished job; written last, so it is the commit
 DIR/jobs/JOB.traceback.txt                  of a job that failed
 DIR/fits/JOB/state.safetensors              the trained fit
@@ -175,6 +176,11 @@ class Store:
 
     def remove_checkpoint(self, job_id: str) -> None:
         shutil.rmtree((self.path / _checkpoint_name(job_id)).parent, ignore_errors=True)
+
+    def environment(self) -> Facts:
+        """Machine and versions of the last run that fitted or measured anything; empty if none has."""
+        path = self.path / "environment.json"
+        return self._read_json(path) if path.is_file() else {}
 
     # Measurements
 

@@ -19,6 +19,7 @@ from harness.cli.comparing import compare, evaluate, plan, report
 from harness.cli.data import data
 from harness.cli.listing import list_things
 from harness.cli.parsing import StrictGroup, explained, one_line
+from harness.cli.reproducing import reproduce
 from harness.cli.showing import show
 
 INTERRUPTED = 130
@@ -54,7 +55,7 @@ def app(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (compare, plan, evaluate, report, list_things, show, data):
+for command in (compare, plan, evaluate, report, reproduce, list_things, show, data):
     app.add_command(command)
 
 
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         kept = "; finished jobs are kept, and the same command goes on from there"
         what = str(interrupt) or "interrupted"
-        click.echo(f"harness: {what}{kept if words[0] in ('compare', 'evaluate') else ''}", err=True)
+        click.echo(f"harness: {what}{kept if words[0] in ('compare', 'evaluate', 'reproduce') else ''}", err=True)
         return INTERRUPTED
     except BrokenPipeError:  # the reader has gone (`harness list methods | head`): Python must not flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -99,13 +99,19 @@ def report(folder: str) -> int:
 
 def _conclude(records: pd.DataFrame, store: Store, job_order: Sequence[str] = ()) -> int:
     """Print the tables, where everything is, and what failed; returns the exit code."""
-    from harness import statistics
     from harness.cli.console import output
     from harness.report.terminal import print_tables
 
     print_tables(records, store.examples(), output(), job_order)
     click.echo(f"records: {store.path / 'records.csv'}")
     click.echo(f"report:  harness report {shlex.quote(str(store.path))}")
+    return told_failures(records, "harness compare")
+
+
+def told_failures(records: pd.DataFrame, command: str) -> int:
+    """Tell what failed, and how to try it again; returns the exit code."""
+    from harness import statistics
+
     failed = [row for row in statistics.rows(records) if row["status"] not in ("ok", "skipped")]
     for row in failed:
         by = f", evaluator {row['evaluator']}" if row["evaluator"] else ""
@@ -113,7 +119,7 @@ def _conclude(records: pd.DataFrame, store: Store, job_order: Sequence[str] = ()
         click.echo(f"harness: {row['status']}: {what}: {one_line(str(row['reason']))}", err=True)
     if failed:
         statuses = ",".join(sorted({row["status"] for row in failed}))
-        click.echo(f"harness: `harness compare` with --retry {statuses} tries these again", err=True)
+        click.echo(f"harness: `{command}` with --retry {statuses} tries these again", err=True)
     return 1 if failed else 0
 
 

@@ -13,7 +13,7 @@ from harness.cli.suite import plugin_option
 if TYPE_CHECKING:
     from harness.registry import Provided, Registry
 
-THINGS = ("methods", "datasets", "problems", "evaluators")
+THINGS = ("methods", "datasets", "problems", "evaluators", "experiments")
 KINDS = (*THINGS, "executors", "plugins")
 
 

@@ -1,11 +1,11 @@
-"""`harness show`: what a method, problem, evaluator or dataset is."""
+"""`harness show`: what a method, problem, evaluator, dataset or experiment is."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
@@ -14,6 +14,7 @@ from harness.cli.parsing import StrictCommand
 from harness.cli.suite import plugin_option
 
 if TYPE_CHECKING:
+    from harness.experiment import Experiment
     from harness.problem import DatasetSpec, Problem
     from harness.registry import Plugin, Registry
 
@@ -26,8 +27,8 @@ Facts = Iterator[tuple[str, str]]
 def show(name: str, plugin: tuple[str, ...]) -> int:
     """Show what NAME is.
 
-    Equation and source, options, capabilities and data of a method, problem, evaluator or data set, and where it comes
-    from. NAME may have options: 'avb[lr=1e-4]'.
+    Equation and source, options, capabilities and data of a method, problem, evaluator, data set or experiment, and
+    where it comes from. NAME may have options: 'avb[lr=1e-4]'.
     """
     from harness.registry import Registry
 
@@ -132,7 +133,28 @@ def _of_evaluator(evaluator: Any) -> Facts:
     yield "by default", "yes" if evaluator.by_default else "no: name it with --evaluators"
 
 
-_FACTS = {"methods": _of_method, "problems": _of_problem, "datasets": _of_dataset, "evaluators": _of_evaluator}
+def _of_experiment(experiment: Experiment) -> Facts:
+    """What is run at each scale; of a suite that depends on earlier ones, not what these decide."""
+    from harness.experiment import Scale
+    from harness.rehearsal import rehearse
+
+    for scale in get_args(Scale):
+        asked = list(rehearse(experiment, scale))
+        for suite in asked[-1]:
+            runs = ",".join(suite.methods.values())
+            seeds = f"seeds {','.join(map(str, suite.seeds))}" if suite.seeds else f"{experiment.seeds(scale)} seeds"
+            known = f"{runs} on {suite.problem}, {suite.budget or 'default budget'}, {seeds}"
+            later = f"on {suite.problem}, {seeds}; depends on the suites before it"
+            yield scale, f"{suite.name}: {known if suite in asked[0] else later}"
+
+
+_FACTS = {
+    "methods": _of_method,
+    "problems": _of_problem,
+    "datasets": _of_dataset,
+    "evaluators": _of_evaluator,
+    "experiments": _of_experiment,
+}
 
 
 def _capabilities(module: ModuleType, cls: type) -> str:

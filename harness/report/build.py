@@ -104,20 +104,26 @@ def _table_key(row: Row, splits: Mapping[str, str]) -> TableKey:
 def _table(
     key: TableKey, runs: Mapping[str, Sequence[Row]], values: ValuesOf, older: Mapping[tuple[Any, ...], int]
 ) -> Table:
-    measured = [_row(label, rows, values) for label, rows in runs.items()]
-    evaluator = trust.chosen(measured)
+    evaluator, measured = method_rows(runs, values)
     identities = {statistics.identity(row) for rows in runs.values() for row in rows}
     table = Table(
         key=key,
-        rows=[_with_shown(row, evaluator, values) for row in measured],
+        rows=measured,
         evaluator=evaluator,
         decoder_parameters=_joined(
             [row for rows in runs.values() for row in rows], lambda row: _whole(row["decoder_parameters"])
         ),
         left_out=sum(older.get(found, 0) for found in identities),
-        mixed=_mixed(runs),
+        mixed=mixed(runs),
     )
     return _compared(table, values)
+
+
+def method_rows(runs: Mapping[str, Sequence[Row]], values: ValuesOf) -> tuple[str, list[MethodRow]]:
+    """The evaluator whose log p(x) is shown for all, and a row for the records under each label, not yet compared."""
+    measured = [_row(label, rows, values) for label, rows in runs.items()]
+    evaluator = trust.chosen(measured)
+    return evaluator, [_with_shown(row, evaluator, values) for row in measured]
 
 
 def _row(label: str, rows: Sequence[Row], values: ValuesOf) -> MethodRow:
@@ -192,9 +198,9 @@ def _issues(label: str, rows: Sequence[Row]) -> list[Issue]:
     return sorted(issues, key=lambda issue: (issue.evaluator, issue.status, issue.reason, issue.seed))
 
 
-def _mixed(runs: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, list[str]]]:
+def mixed(runs: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, list[str]]]:
     """Columns that should be uniform and are not: their values, each with the labels of the rows that have it."""
-    mixed: dict[str, dict[str, list[str]]] = {}
+    found_in: dict[str, dict[str, list[str]]] = {}
     plugins = {row["plugin"] for rows in runs.values() for row in rows}
     for column in UNIFORM:
         found: dict[str, dict[str, None]] = {}
@@ -203,8 +209,8 @@ def _mixed(runs: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, list[str]]]
                 value = f"{row['plugin']} {row[column]}" if column == "plugin_version" else f"{row[column] or ''}"
                 found.setdefault(value, {})[label] = None
         if len(found) > (len(plugins) if column == "plugin_version" else 1):
-            mixed[column] = {value: list(labels) for value, labels in sorted(found.items())}
-    return mixed
+            found_in[column] = {value: list(labels) for value, labels in sorted(found.items())}
+    return found_in
 
 
 # Comparison of rows
@@ -213,7 +219,6 @@ def _mixed(runs: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, list[str]]]
 def _compared(table: Table, values: ValuesOf) -> Table:
     """The table with paired differences, the best row and the bounds that cannot be."""
     scores = {row.label: of_seeds(row.jobs, row.shown.get("log_likelihood"), values) for row in table.rows}
-    bounds = {row.label: of_seeds(row.jobs, row.shown.get("elbo"), values) for row in table.rows}
 
     def difference(first: MethodRow, second: MethodRow) -> Difference | None:
         return statistics.paired_difference(scores[first.label], scores[second.label], exhaustive=table.exhaustive)
@@ -224,13 +229,15 @@ def _compared(table: Table, values: ValuesOf) -> Table:
         dataclasses.replace(
             row,
             difference=None if row is reference else difference(row, reference),
-            exceeds=[
-                seed
-                for seed, score in scores[row.label].items()
-                if seed in bounds[row.label] and statistics.excess(bounds[row.label][seed], score)
-            ],
+            exceeds=exceeding(row, values),
             best=row is best,
         )
         for row in table.rows
     ]
     return dataclasses.replace(table, rows=rows)
+
+
+def exceeding(row: MethodRow, values: ValuesOf) -> list[int]:
+    """Seeds whose ELBO is above log p(x) by more than the combined error."""
+    scores, bounds = (of_seeds(row.jobs, row.shown.get(column), values) for column in ("log_likelihood", "elbo"))
+    return [seed for seed, score in scores.items() if seed in bounds and statistics.excess(bounds[seed], score)]

@@ -48,8 +48,12 @@ class Source(Protocol):
 
 def colours(tables: Sequence[Table]) -> dict[str, str]:
     """One colour per method, the same in every figure of a report."""
-    labels = dict.fromkeys(row.label for table in tables for row in table.rows)
-    return dict(zip(labels, itertools.cycle(PALETTE + MUTED), strict=False))
+    return colours_of([row.label for table in tables for row in table.rows])
+
+
+def colours_of(labels: Sequence[str]) -> dict[str, str]:
+    """One colour for each label, in the order of their first use."""
+    return dict(zip(dict.fromkeys(labels), itertools.cycle(PALETTE + MUTED), strict=False))
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -159,7 +163,8 @@ def differences(table: Table, colour: Mapping[str, str]) -> Figure | None:
     first = table.rows[0]
     reach = [table.reach(row, first) for row in rows]
     for position, row in enumerate(rows):
-        _draw_difference(axes, position, cast(Difference, row.difference), colour[row.label])
+        difference = cast(Difference, row.difference)
+        draw_difference(axes, position, difference, difference.margin, colour[row.label])
         if math.isfinite(reach[position]):
             height = [position - 0.4, position + 0.4]
             axes.fill_betweenx(height, -reach[position], reach[position], color="0.85", linewidth=0, zorder=0)
@@ -175,10 +180,11 @@ def differences(table: Table, colour: Mapping[str, str]) -> Figure | None:
     return figure
 
 
-def _draw_difference(axes: Axes, position: int, difference: Difference, colour: str) -> None:
+def draw_difference(axes: Axes, position: int, difference: Difference, margin: float, colour: str) -> None:
+    """Mean; standard error (thick); margin (thin); a cross below them for each seed."""
     seeds = list(difference.per_seed.values())
     axes.plot(seeds, [position + 0.22] * len(seeds), "x", color=colour, markersize=4, alpha=0.8)
-    for reach, width in ((difference.margin, 1.5), (difference.stderr, 4)):
+    for reach, width in ((margin, 1.5), (difference.stderr, 4)):
         if math.isfinite(reach):
             ends = [difference.value - reach, difference.value + reach]
             axes.plot(ends, [position, position], color=colour, linewidth=width, solid_capstyle="butt")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from harness import statistics
+from harness.options import seeds_text
 from harness.report import cells, doubts, notes, tables
 from harness.report.build import tables_of
 from harness.report.panels import FLAGS, UNTRUSTED, WARNING, Entry, Panel, panels
@@ -58,10 +59,10 @@ def write_report(store: Source, folder: Path) -> Path:
     pictures = [_figures(table, store, built, folder, name) for table, name in zip(built, names, strict=True)]
     sections = [
         "# Comparison of inference methods",
-        *_bullets(notes.legend(built)),
+        *bullets(notes.legend(built)),
         *(line for table, shown in zip(built, pictures, strict=True) for line in _section(table, shown)),
         *_methods(built),
-        *_environment(statistics.rows(records)),
+        *environment(statistics.rows(records)),
     ]
     path = folder / "report.md"
     path.write_text("\n".join(sections) + "\n", encoding="utf-8")
@@ -89,12 +90,12 @@ def escape(text: str, longest: int = cells.LONGEST_REASON) -> str:
     return _SPECIAL.sub(r"\\\1", html.escape(cells.one_line(text, longest), quote=False))
 
 
-def _bullets(lines: Iterable[str]) -> list[str]:
-    shown = [f"- {_BLOCK.sub(_NO_BLOCK, escape(line))}" for line in lines]
+def bullets(lines: Iterable[str], longest: int = cells.LONGEST_REASON) -> list[str]:
+    shown = [f"- {_BLOCK.sub(_NO_BLOCK, escape(line, longest))}" for line in lines]
     return ["", *shown] if shown else []
 
 
-def _grid(header: Sequence[str], lines: Iterable[Sequence[str]], numeric_from: int = 1) -> list[str]:
+def grid(header: Sequence[str], lines: Iterable[Sequence[str]], numeric_from: int = 1) -> list[str]:
     """A Markdown table from cells that are Markdown already."""
     rule = ["---" if i < numeric_from else "---:" for i in range(len(header))]
     return ["", *(f"| {' | '.join(line)} |" for line in (header, rule, *lines))]
@@ -110,7 +111,7 @@ def _section(table: Table, pictures: Mapping[str, str]) -> list[str]:
         "",
         escape(cells.title(table)),
         *_table(table),
-        *_bullets(notes.notes(table)),
+        *bullets(notes.notes(table)),
         *(line for panel in panels(table) for line in _panel(panel)),
         *(line for name, path in pictures.items() for line in ("", f"![{name}]({path})", "", escape(_CAPTIONS[name]))),
         *_numbers(table),
@@ -122,7 +123,7 @@ def _section(table: Table, pictures: Mapping[str, str]) -> list[str]:
 def _table(table: Table) -> list[str]:
     header = ["method", "seeds", "log p(x)", "Δ to first", "ELBO", "KL to prior", "reconstruction", "fit, s", "steps/s"]
     places = {column: cells.column_decimals(table, column) for column in tables.COLUMNS}
-    return _grid(header, [_line(table, row, places) for row in table.rows])
+    return grid(header, [_line(table, row, places) for row in table.rows])
 
 
 def _line(table: Table, row: MethodRow, places: Mapping[str, int]) -> list[str]:
@@ -150,7 +151,7 @@ def _panel(panel: Panel) -> list[str]:
     """A table below the main one: each number with its errors in turn."""
     lines = [[escape(label), *(_entry(entry) for entry in entries)] for label, entries in panel.lines]
     header = ["method", *(escape(column.replace("-\n", "").replace("\n", " ")) for column in panel.columns)]
-    return ["", f"### {escape(panel.title)}", *_grid(header, lines), *_bullets(panel.notes)]
+    return ["", f"### {escape(panel.title)}", *grid(header, lines), *bullets(panel.notes)]
 
 
 def _entry(entry: Entry) -> str:
@@ -168,7 +169,7 @@ def _numbers(table: Table) -> list[str]:
               "test set's error", "seeds", "observations", "bits/dim", "settings (first seed)"]  # fmt: skip
     lines = [_number_line(row, estimate) for row in table.rows for estimate in row.estimates]
     return (
-        ["", "<details><summary>All numbers</summary>", *_grid(header, lines, len(header)), "", "</details>"]
+        ["", "<details><summary>All numbers</summary>", *grid(header, lines, len(header)), "", "</details>"]
         if lines
         else []
     )
@@ -219,16 +220,16 @@ def _text(value: Any) -> str:
 
 def _failures(table: Table) -> list[str]:
     """Everything that gave no number, with its reason."""
-    fields = [(i.label, seeds, i.evaluator or "the fit", i.status, i.reason) for i, seeds in notes.issues(table)]
+    fields = [(i.label, seeds, i.evaluator or "the fit", i.status, i.reason) for i, seeds in notes.issues(table.rows)]
     lines = [[escape(text) for text in line] for line in fields]
     header = ["method", "seeds", "of", "status", "reason"]
-    return ["", "Fits and evaluators without a number:", *_grid(header, lines, len(header))] if lines else []
+    return ["", "Fits and evaluators without a number:", *grid(header, lines, len(header))] if lines else []
 
 
 def _repeat(table: Table) -> list[str]:
     """The command that asks for these rows."""
-    methods = ",".join(f"{row.method}[{_assignments(row.config)}]".replace("[]", "") for row in table.rows)
-    seeds = ",".join(str(seed) for seed in sorted({seed for row in table.rows for seed in row.statuses}))
+    methods = ",".join(f"{row.method}[{assignments(row.config)}]".replace("[]", "") for row in table.rows)
+    seeds = seeds_text(sorted({seed for row in table.rows for seed in row.statuses}))
     evaluators = sorted({found.evaluator for row in table.rows for found in (*row.estimates, *row.issues)} - {""})
     command = ["harness", "compare", "--methods", methods, "--problems", table.key.problem, "--seeds", seeds]
     command += ["--budget", table.key.budget, "--precision", table.key.precision, "--device", table.key.device]
@@ -236,7 +237,7 @@ def _repeat(table: Table) -> list[str]:
     return ["", "To repeat:", "", f"    {cells.one_line(shlex.join(command), 10_000)}"]
 
 
-def _assignments(config: str) -> str:
+def assignments(config: str) -> str:
     """Options as on the command line, exactly."""
     return ",".join(f"{key}={_text(value)}" for key, value in json.loads(config).items())
 
@@ -269,8 +270,8 @@ def _figures(table: Table, store: Source, built: Sequence[Table], folder: Path, 
 
 def _methods(built: Sequence[Table]) -> list[str]:
     rows = {row.label: row for table in built for row in table.rows}
-    lines = [[escape(text) for text in (row.label, _assignments(row.config), row.plugin)] for row in rows.values()]
-    return ["", "## Methods", *_grid(["method", "all options", "plugin"], lines, 3), *_sizes(built)]
+    lines = [[escape(text) for text in (row.label, assignments(row.config), row.plugin)] for row in rows.values()]
+    return ["", "## Methods", *grid(["method", "all options", "plugin"], lines, 3), *_sizes(built)]
 
 
 def _sizes(built: Sequence[Table]) -> list[str]:
@@ -280,12 +281,12 @@ def _sizes(built: Sequence[Table]) -> list[str]:
         for table in built
         for row in table.rows
     ]
-    return _grid(["problem", "method", "parameters of its own", "of the shared decoder"], lines, 2)
+    return grid(["problem", "method", "parameters of its own", "of the shared decoder"], lines, 2)
 
 
-def _environment(rows: Sequence[Row]) -> list[str]:
+def environment(rows: Sequence[Row]) -> list[str]:
     lines: list[list[str]] = []
     for column in _ENVIRONMENT:
         values = sorted({str(row[column]) for row in rows if row[column] not in (None, "")})
         lines.append([escape(column.replace("_", " ")), escape("; ".join(values) or "unknown")])
-    return ["", "## Environment", *_grid(["what", "value"], lines, 2)]
+    return ["", "## Environment", *grid(["what", "value"], lines, 2)]

@@ -51,20 +51,20 @@ def notes(table: Table) -> list[str]:
     return [
         *_issue_notes(table),
         *(note for row in table.rows for note in doubts.of_warnings(row)),
-        *(_excess_note(table, row) for row in table.rows if row.exceeds),
+        *(excess_note(table.evaluator, row) for row in table.rows if row.exceeds),
         *(note for row in table.rows for note in doubts.of_certificate(row, table.evaluator)),
         *doubts.of_ranking(table),
         *_pairing_notes(table),
-        *(_mixed_note(column, values) for column, values in table.mixed.items()),
+        *(mixed_note(column, values) for column, values in table.mixed.items()),
         *_definition_notes(table),
         *([f"left out: older fits of the same runs ({table.left_out})"] if table.left_out else []),
     ]
 
 
-def issues(table: Table) -> list[tuple[Issue, str]]:
+def issues(rows: Sequence[MethodRow]) -> list[tuple[Issue, str]]:
     """What gave no number, each once with the seeds that it happened to."""
     grouped: dict[Issue, list[int]] = {}
-    for issue in (issue for row in table.rows for issue in row.issues):
+    for issue in (issue for row in rows for issue in row.issues):
         grouped.setdefault(dataclasses.replace(issue, seed=0), []).append(issue.seed)
     return [(issue, seed_list(found)) for issue, found in grouped.items()]
 
@@ -73,16 +73,17 @@ def _issue_notes(table: Table) -> list[str]:
     """Skips of evaluators are told only where they leave a hole in the table."""
     whole = {row.label for row in table.rows if row.shown.keys() >= tables.COLUMNS.keys()}
     told: list[str] = []
-    for issue, found in issues(table):
+    for issue, found in issues(table.rows):
         if not (issue.evaluator and issue.status == "skipped" and issue.label in whole):
             what = f"{one_line(issue.label)}, {issue.evaluator}" if issue.evaluator else one_line(issue.label)
             told.append(f"{what}: {issue.status} ({found}): {one_line(issue.reason)}")
     return told
 
 
-def _excess_note(table: Table, row: MethodRow) -> str:
+def excess_note(evaluator: str, row: MethodRow) -> str:
+    """That a row's ELBO exceeds log p(x) by ``evaluator``, and what kind of number it is."""
     elbo, truth = row.shown["elbo"], row.shown["log_likelihood"]
-    what = "exceeds log p(x)" if truth.kind == "exact" else f"exceeds log p(x) as estimated by {table.evaluator}"
+    what = "exceeds log p(x)" if truth.kind == "exact" else f"exceeds log p(x) as estimated by {evaluator}"
     bound = "no bound" if elbo.kind == DENSITY_RATIO else "check both estimators"
     return f"{EXCEEDS} {one_line(row.label)}: ELBO ({elbo.kind}: {bound}) {what} ({seed_list(row.exceeds)})"
 
@@ -107,7 +108,7 @@ def _definition_notes(table: Table) -> list[str]:
     return [f"this problem has {table.definitions} definitions among these records: compare within this one ({mine})"]
 
 
-def _mixed_note(column: str, values: Mapping[str, Sequence[str]]) -> str:
+def mixed_note(column: str, values: Mapping[str, Sequence[str]]) -> str:
     shorten = 9 if column == "git_commit" else 80
     told = [f"{one_line(value)[:shorten] or 'unknown'} ({', '.join(map(one_line, values[value]))})" for value in values]
     return f"mixed {column.replace('_', ' ')}: " + "; ".join(told)

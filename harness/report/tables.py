@@ -184,5 +184,10 @@ class Table:
         """
         if not any(self.evaluator in row.certificates for row in self.rows):
             return 0.0
-        known = [row.certificates[self.evaluator] for row in (first, second) if self.evaluator in row.certificates]
-        return max(certificate.reach for certificate in known) if len(known) == 2 else math.inf
+        return certified_reach(self.evaluator, first, second)
+
+
+def certified_reach(evaluator: str, first: MethodRow, second: MethodRow) -> float:
+    """The larger of the certified gaps of two rows, with its error; infinite where one of them has no certificate."""
+    known = [row.certificates[evaluator] for row in (first, second) if evaluator in row.certificates]
+    return max(certificate.reach for certificate in known) if len(known) == 2 else math.inf

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from harness.report import cells, notes, tables
 from harness.report.build import tables_of
+from harness.report.grids import REPORTED, Grid
 from harness.report.panels import ERRORS, Entry, Panel, panels
 from harness.report.tables import MethodRow, Table
 from harness.statistics import DENSITY_RATIO
@@ -162,4 +163,29 @@ def _rich_panel(panel: Panel, part: range, write: _Writer) -> RichTable:
         for k, name in enumerate(ERRORS):
             if any(e.errors[k] not in ("", "0") for e in entries):
                 rich.add_row(write(name, "dim"), *(write(e.errors[k], "dim") for e in entries))
+    return rich
+
+
+# Tables of an experiment
+
+
+def print_grids(shown: Sequence[Grid], console: Console) -> None:
+    """Print tables of texts one below the other, each with its notes; figures of others are dim and say so."""
+    write = _Writer(console.options.ascii_only)
+    for each in shown:
+        console.print(write(each.title, "bold"))
+        console.print(_rich_grid(each, write))
+        _print_lines(console, write, each.notes, "yellow")
+        console.print()
+
+
+def _rich_grid(each: Grid, write: _Writer) -> RichTable:
+    rich = RichTable(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False, header_style="bold")
+    for i, heading in enumerate(each.header):
+        numeric = i > 0 and i not in each.words
+        rich.add_column(write(heading), justify="right" if numeric else "left", overflow="fold")
+    for i, line in enumerate(each.lines):
+        apart = i in each.apart
+        texts = [f"{line[0]} ({REPORTED})" if apart else line[0], *line[1:]]
+        rich.add_row(*(write(text, "dim" if apart else "") for text in texts))
     return rich

@@ -11,6 +11,7 @@ Each check raises `ConformanceError` at the first law that does not hold, saying
 from __future__ import annotations
 
 from harness.testing.evaluators import check_evaluator
+from harness.testing.experiments import check_experiment
 from harness.testing.laws import ConformanceError, check_options
 from harness.testing.methods import check_method
 from harness.testing.posteriors import check_posterior
@@ -23,6 +24,7 @@ __all__ = [
     "SmallProblem",
     "check_dataset",
     "check_evaluator",
+    "check_experiment",
     "check_method",
     "check_options",
     "check_posterior",

@@ -18,6 +18,7 @@ from harness.cli.suite import Arguments
 from harness.registry import Registry
 from harness.store import Store
 
+THINGS = ["methods", "datasets", "problems", "evaluators", "experiments"]
 TINY = "--problems four-points --seeds 2 --budget steps=20 --evaluators reconstruction".split()
 
 FAULTY = """
@@ -201,7 +202,9 @@ def test_the_help_tells_the_defaults(run: Run) -> None:
             assert re.search(rf"--{name}\b[^\[]*?(\[\w+=8\][^\[]*)?\[default: {re.escape(str(shown))}\]", text), name
 
 
-@pytest.mark.parametrize("kind", ["methods", "datasets", "problems", "evaluators", "executors", "plugins"])
+@pytest.mark.parametrize(
+    "kind", ["methods", "datasets", "problems", "evaluators", "experiments", "executors", "plugins"]
+)
 def test_list(kind: str, run: Run) -> None:
     code, text, _ = run("list", kind)
     assert code == 0
@@ -240,7 +243,7 @@ def test_show_tells_equation_options_capabilities_and_provenance(run: Run) -> No
     assert re.search(r"^lr_decay +0.1 +number > 0 +Factor by which", out, re.MULTILINE)  # documented in the base class
 
 
-@pytest.mark.parametrize("kind", ["methods", "datasets", "problems", "evaluators"])
+@pytest.mark.parametrize("kind", THINGS)
 def test_everything_can_be_shown(kind: str, run: Run) -> None:
     for entry in json.loads(run("list", kind, "--json")[1]):
         code, out, err = run("show", entry["name"])

@@ -19,6 +19,7 @@ COMMANDS = [
     ["plan"],
     ["evaluate"],
     ["report"],
+    ["reproduce"],
     ["list"],
     ["show"],
     ["data"],

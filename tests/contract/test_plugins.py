@@ -7,11 +7,19 @@ from dataclasses import replace
 import pytest
 
 from harness.evaluator import Evaluator
+from harness.experiment import Experiment
 from harness.method import Method
 from harness.options import UserError
 from harness.problem import DataError, Dataset, Problem
 from harness.registry import Registry
-from harness.testing import check_dataset, check_evaluator, check_method, check_problem
+from harness.testing import (
+    SmallProblem,
+    check_dataset,
+    check_evaluator,
+    check_experiment,
+    check_method,
+    check_problem,
+)
 from harness.testing.small import view_of
 
 REGISTRY = Registry.discover()
@@ -95,4 +103,10 @@ def test_evaluator(evaluator: Evaluator) -> None:
     evaluator = replace(evaluator, **small)  # type: ignore[type-var]
     check_evaluator(evaluator)
     for provided in REGISTRY.methods.values():
-        check_evaluator(evaluator, with_few_draws(provided.thing))
+        check_evaluator(evaluator, with_few_draws(provided.thing), SmallProblem())
+
+
+@pytest.mark.xfail(raises=UserError, strict=True, reason="some names are of plugins that are still to come")
+@pytest.mark.parametrize("experiment", things("experiments"))
+def test_experiment(experiment: Experiment) -> None:
+    check_experiment(experiment)

@@ -20,6 +20,7 @@ from harness.options import (
     parse_seeds,
     parse_selection,
     schema,
+    seeds_text,
     unknown,
 )
 
@@ -204,6 +205,7 @@ def test_nothing_known_is_said() -> None:
         (" 1 ", [0]),
         ("0,1,2", [0, 1, 2]),
         ("5, 3", [5, 3]),
+        ("7,", [7]),
         ([7], [7]),
         ((2, 0), [2, 0]),
         (range(2), [0, 1]),
@@ -215,6 +217,11 @@ def test_seeds_are_parsed(seeds: Any, expected: list[int]) -> None:
     parsed = parse_seeds(seeds)
     assert parsed == expected
     assert all(type(seed) is int for seed in parsed)
+
+
+@pytest.mark.parametrize("seeds", [[0], [7], [0, 1], [5, 3]])
+def test_seeds_as_text_are_the_same_seeds(seeds: list[int]) -> None:
+    assert parse_seeds(seeds_text(seeds)) == seeds
 
 
 WRONG_TEXTS = [
@@ -229,6 +236,8 @@ WRONG_TEXTS = [
     "0,0",
     "0,1,",
     ",",
+    ",0",
+    "0,,",
     "0,x",
     "0,-1",
     "9" * 30,

@@ -22,6 +22,7 @@ import harness_plugins
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "tests/distributions/harness-example"
+EXPERIMENT = ROOT / "tests/distributions/harness-experiment/tiny_toy.py"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
@@ -129,7 +130,18 @@ def blocks(path: Path, language: str) -> list[str]:
 def test_the_authors_guide_shows_the_example_that_is_tested() -> None:
     guide = ROOT / "plugins/README.md"
     assert (EXAMPLE / "harness_example.py").read_text() in blocks(guide, "python")
+    assert EXPERIMENT.read_text() in blocks(guide, "python")
     assert blocks(guide, "toml") == [(EXAMPLE / "pyproject.toml").read_text()]
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the repository")
+def test_records_and_reports_are_kept_by_git_and_fits_are_not() -> None:
+    made = "report.md summary.csv figures/latent.png trials/records.csv trials/examples.parquet".split()
+    large = "trials/fits/x/state.safetensors trials/measurements/x/exact.npz trials/checkpoints/x trials/jobs/x".split()
+    paths = [f"results/avb-toy/{name}" for name in (*made, *large)]
+    command = ["git", "-C", str(ROOT), "check-ignore", *paths]
+    ignored = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False).stdout.splitlines()
+    assert ignored == paths[len(made) :]
 
 
 def test_versions_are_constrained_for_every_dependency() -> None:

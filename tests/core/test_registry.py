@@ -83,6 +83,10 @@ def test_an_installed_plugin_is_found_with_its_origin(write_distribution: WriteD
         (hook("return [Mine(), Mine(size=2)]"), "harness_methods gives one name to two things: mine, mine"),
         (hook("return [Mine()]", "harness_problems()"), "harness_problems must return instances of Problem, got Mine"),
         (
+            hook("return [Mine()]", "harness_experiments()"),
+            "harness_experiments must return instances of Experiment, got",
+        ),
+        (
             hook("return [Mine()]", "harness_methods(config)"),
             "Argument(s) {'config'} are declared in the hookimpl but can not be found in the",
         ),

@@ -1,0 +1,48 @@
+"""`harness reproduce`: an experiment of a paper, with the reported figures beside ours."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from harness.cli.comparing import told_failures
+from harness.cli.parsing import StrictCommand
+from harness.cli.suite import plugin_option
+
+if TYPE_CHECKING:
+    from harness.reproduction import Reproduction
+
+
+@click.command(cls=StrictCommand)
+@click.argument("name")
+@click.option("--seeds", metavar="N|LIST", help="How many (3) or which (0,1,2).  [default: the experiment's own]")
+@click.option("--scale", metavar="NAME", default="laptop", help="smoke, laptop or paper.  [default: laptop]")
+@click.option("--device", metavar="NAME", default="auto", help="auto, cpu or cuda.  [default: auto]")
+@click.option("--out", metavar="DIR", help="Folder of results; what it has is not done again.  [default: results/NAME]")
+@click.option("--retry", metavar="STATUSES", help="Try again what ended so: failed,diverged.")
+@plugin_option
+def reproduce(
+    name: str, seeds: str | None, scale: str, device: str, out: str | None, retry: str | None, plugin: tuple[str, ...]
+) -> int:
+    """Run an experiment of a paper; print its tables, write a report.
+
+    NAME may have options: 'avb-decoders[problem=mnist]'; `harness list experiments` shows what there is. Each suite of
+    the experiment has a folder below DIR; the report, its figures and a summary are in DIR.
+    """
+    from harness import reproduction
+    from harness.cli.progress import shown
+
+    statuses = [status.strip() for status in retry.split(",")] if retry else []
+    return _conclude(reproduction.run(name, seeds, scale, device, out, plugin, statuses, shown()))
+
+
+def _conclude(made: Reproduction) -> int:
+    from harness.cli.console import output
+    from harness.report.grids import grids
+    from harness.report.terminal import print_grids
+
+    print_grids(grids(made.results), output())
+    click.echo(f"report:  {made.report}")
+    click.echo(f"summary: {made.folder / 'summary.csv'}")
+    return told_failures(made.records, "harness reproduce")

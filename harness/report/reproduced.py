@@ -1,0 +1,190 @@
+"""What the results of an experiment say: its lines as rows of numbers, and its contrasts with a verdict each.
+
+A verdict is computed from the interval of a paired difference (`harness.statistics`) and the certified gaps, never
+written down beforehand. Figures of others are texts and take no part in it.
+"""
+
+# pyright: reportMissingTypeStubs=false
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from harness import statistics
+from harness.experiment import Column, Contents, Contrast, Line, Suite
+from harness.report.build import exceeding, method_rows
+from harness.report.tables import MethodRow, certified_reach
+from harness.report.trust import LOG_LIKELIHOOD, ValuesOf, of_seeds
+from harness.statistics import DENSITY_RATIO, SIMULATED, Difference, Estimate, Row
+
+if TYPE_CHECKING:
+    from harness.report.figures import Source
+
+
+@dataclass(frozen=True, eq=False)
+class Ran:
+    """A suite that has been run.
+
+    Args:
+        records: Of its own jobs only, with the column ``run``.
+    """
+
+    suite: Suite
+    records: pd.DataFrame
+    store: Source
+
+    @cached_property
+    def rows(self) -> list[Row]:
+        return statistics.rows(self.records)
+
+    @cached_property
+    def values(self) -> ValuesOf:
+        return statistics.values_per_observation(self.store.examples())
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """The results of an experiment.
+
+    Args:
+        title: The experiment with its options.
+        repeat: The command that made them.
+        ran: By the name of the suite, in the order in which they were run.
+        versions: Of Python and the libraries; where runs had different ones, all of them.
+    """
+
+    title: str
+    repeat: str
+    contents: Contents
+    ran: Mapping[str, Ran]
+    versions: Mapping[str, Sequence[str]]
+
+    def records_of(self, line: Line) -> list[Row]:
+        """The records of a line; empty if its suite was not run."""
+        ran = self.ran.get(line.suite)
+        return [row for row in ran.rows if row["run"] == line.run] if ran else []
+
+    def values_of(self, lines: Sequence[Line]) -> ValuesOf:
+        """Values per observation of the suites of some lines."""
+        suites = dict.fromkeys(line.suite for line in lines if line.suite in self.ran)
+        return {key: values for name in suites for key, values in self.ran[name].values.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Some lines with what was measured of them.
+
+    Args:
+        evaluator: Whose log p(x) is shown, the same for all of them.
+        rows: By label, without the lines that were not run.
+    """
+
+    evaluator: str
+    rows: Mapping[str, MethodRow]
+
+    def estimate(self, label: str, asked: Column | Contrast) -> Estimate | None:
+        """What a line says of a quantity: by one evaluator for all where it is log p(x), no density ratio if it can."""
+        row, metrics = self.rows.get(label), asked.metrics
+        if row is None:
+            return None
+        known = [e for e in row.estimates if e.metric != LOG_LIKELIHOOD or e.evaluator == self.evaluator]
+        known = [e for e in known if asked.evaluator in ("", statistics.stem(e.evaluator))]
+        shown = statistics.choose(known, metrics)
+        simulated = [e for e in known if e.metric in metrics and e.split == SIMULATED]
+        return shown or next(iter(simulated), None)
+
+
+def measure(lines: Sequence[Line], results: Results) -> Measured:
+    """Rows of the lines that were run."""
+    found = {line.label: results.records_of(line) for line in lines}
+    values = results.values_of(lines)
+    evaluator, rows = method_rows({label: records for label, records in found.items() if records}, values)
+    rows = [dataclasses.replace(row, exceeds=exceeding(row, values)) for row in rows]
+    return Measured(evaluator=evaluator, rows={row.label: row for row in rows})
+
+
+# Contrasts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What was found of a contrast.
+
+    Args:
+        reach: What the difference must exceed besides the noise: the certified gap of log p(x) with its error.
+        obstacle: Why nothing can be concluded; empty if something can.
+    """
+
+    contrast: Contrast
+    difference: Difference | None = None
+    reach: float = 0.0
+    obstacle: str = ""
+    metric: str = ""
+    unit: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """In words; it follows from the numbers."""
+        if self.obstacle or self.difference is None:
+            return f"undecided: {self.obstacle}"
+        if abs(self.difference.value) > self.difference.margin + self.reach:
+            return "observed" if self.difference.value > 0 else "the opposite is observed"
+        within = "the certified gap" if self.difference.beyond_noise else "the noise"
+        return f"not observed at this scale, within {within}"
+
+
+def outcome(contrast: Contrast, results: Results) -> Outcome:
+    """The difference of a contrast, and whether it is beyond noise and gap."""
+    # Labels belong to tables; within a contrast two lines may share one.
+    lines = [
+        dataclasses.replace(line, label=f"{line.run} ({line.suite})") for line in (contrast.first, contrast.second)
+    ]
+    measured = measure(lines, results)
+    missing = [line.label for line in lines if line.label not in measured.rows]
+    if missing:
+        return Outcome(contrast=contrast, obstacle=f"{' and '.join(missing)} not run")
+    estimates = [measured.estimate(line.label, contrast) for line in lines]
+    first, second = (measured.rows[line.label] for line in lines)
+    a, b = estimates
+    if a is None or b is None:
+        unmeasured = [line.label for line, found in zip(lines, estimates, strict=True) if found is None]
+        return Outcome(contrast=contrast, obstacle=f"no number for {' and '.join(unmeasured)}")
+    values = results.values_of(lines)
+    difference = statistics.paired_difference(
+        of_seeds(first.jobs, a, values), of_seeds(second.jobs, b, values), exhaustive=a.exhaustive and b.exhaustive
+    )
+    return Outcome(
+        contrast=contrast,
+        difference=difference,
+        reach=_reach(measured.evaluator, first, second) if a.metric == LOG_LIKELIHOOD else 0.0,
+        obstacle=_obstacle((first, second), (a, b), difference),
+        metric=a.metric,
+        unit=a.unit,
+    )
+
+
+def _reach(evaluator: str, first: MethodRow, second: MethodRow) -> float:
+    certified = any(evaluator in row.certificates for row in (first, second))
+    return certified_reach(evaluator, first, second) if certified else 0.0
+
+
+def _obstacle(
+    rows: tuple[MethodRow, MethodRow], estimates: tuple[Estimate, Estimate], difference: Difference | None
+) -> str:
+    kinds = sorted({estimate.kind for estimate in estimates})
+    if len(kinds) > 1 or DENSITY_RATIO in kinds or estimates[0].metric != estimates[1].metric:
+        return f"numbers of kind {' and '.join(kinds)} are not compared"
+    if difference is None:
+        return "no seed and observation in common"
+    doubted = [row.label for row in rows if estimates[0].metric == LOG_LIKELIHOOD and row.untrusted]
+    if doubted:
+        return f"log p(x) of {' and '.join(doubted)} is untrusted"
+    leader = rows[0] if difference.value > 0 else rows[1]
+    if len(leader.jobs) < len(leader.statuses):
+        return f"a seed of {leader.label} did not end well, and the rest would flatter it"
+    return "one seed" if difference.one_seed else ""

@@ -1,0 +1,166 @@
+"""An experiment of a paper, run: suite after suite, each in a folder of its own, then one report of all of them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import pandas as pd
+
+from harness import environment
+from harness.comparison import Progress, compare, plan
+from harness.experiment import Experiment, Scale, Suite
+from harness.options import UserError, parse_seeds, seeds_text, unknown
+from harness.planning import select
+from harness.registry import Registry
+from harness.rehearsal import rehearse
+from harness.report.experiment import write
+from harness.report.reproduced import Ran, Results
+from harness.store import Store
+
+DEFAULT_SCALE: Scale = "laptop"
+
+
+@dataclass(frozen=True, eq=False)
+class Reproduction:
+    """An experiment that has been run and reported.
+
+    Args:
+        records: Of all suites, with the columns ``suite`` and ``run``: the label of the method in its suite.
+    """
+
+    results: Results
+    records: pd.DataFrame
+    folder: Path
+    report: Path
+
+
+def reproduce(
+    experiment: str | Experiment,
+    *,
+    seeds: int | str | Sequence[int] | None = None,
+    scale: str = DEFAULT_SCALE,
+    device: str = "auto",
+    out: str | Path | None = None,
+    plugins: Iterable[str | Path] = (),
+    retry: Iterable[str] = (),
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Run an experiment of a paper and write its report under ``out``; what is done already is not done again.
+
+    Args:
+        experiment: As on the command line (``"avb-decoders[model=conv1]"``), or an object.
+        seeds: How many (0, 1, ...), or which; the experiment's own number unless given.
+        scale: ``smoke``, ``laptop`` or ``paper``.
+        out: ``results/NAME`` unless given.
+        retry: Statuses (``failed`` ...) of finished jobs that are to be tried again.
+
+    Returns:
+        The records of all suites, one row per measurement, with the columns ``suite`` and ``run``.
+
+    Raises:
+        UserError: For any mistake in the arguments, before anything is run.
+    """
+    return run(experiment, seeds, scale, device, out, plugins, retry, progress).records
+
+
+def run(
+    experiment: str | Experiment,
+    seeds: int | str | Sequence[int] | None,
+    scale: str,
+    device: str,
+    out: str | Path | None,
+    plugins: Iterable[str | Path],
+    retry: Iterable[str],
+    progress: Progress | None,
+) -> Reproduction:
+    """As `reproduce`, with everything that the report was made of."""
+    plugins, retry = tuple(plugins), tuple(retry)
+    registry = Registry.discover(plugins)
+    chosen, at = _one(registry, experiment), _scale(scale)
+    numbers = parse_seeds(chosen.seeds(at) if seeds is None else seeds)
+    folder = Path(out) if out is not None else Path("results") / _folder(chosen.label)
+    common = {"device": device, "plugins": plugins, "retry": retry}
+    *_, suites = rehearse(chosen, at)
+    for suite in suites:  # mistakes are told of before anything is run, in later suites too
+        plan(**_arguments(suite, numbers, folder), **common)
+    ran: dict[str, Ran] = {}
+    while suite := _next(chosen, at, ran):
+        records = compare(**_arguments(suite, numbers, folder), **common, progress=progress)
+        ran[suite.name] = Ran(suite, _named(records, suite, registry), Store(folder / suite.name))
+    title = f"{chosen.label}, scale {at}"
+    results = Results(title, _command(chosen, at, numbers, common), chosen.contents(at), ran, _versions(folder, ran))
+    return Reproduction(results, _all(ran), folder, write(results, folder))
+
+
+def _one(registry: Registry, experiment: str | Experiment) -> Experiment:
+    chosen: list[Experiment] = (
+        registry.select("experiments", experiment) if isinstance(experiment, str) else [experiment]
+    )
+    if len(chosen) != 1:
+        raise UserError(f"expected one experiment, got {len(chosen)}: {experiment!r}")
+    return chosen[0]
+
+
+def _scale(text: str) -> Scale:
+    if text not in get_args(Scale):
+        raise UserError(unknown("scale", text, get_args(Scale)))
+    return text  # type: ignore[return-value]
+
+
+def _folder(label: str) -> str:
+    """A folder's name from the experiment with its options: each choice of options has its own."""
+    return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+
+
+def _arguments(suite: Suite, seeds: Sequence[int], folder: Path) -> dict[str, Any]:
+    """Of `harness.compare`."""
+    return {
+        "methods": list(suite.methods.values()),
+        "problems": suite.problem,
+        "seeds": suite.seeds or seeds,
+        "budget": suite.budget or None,
+        "evaluators": suite.evaluators,
+        "precision": suite.precision,
+        "out": folder / suite.name,
+    }
+
+
+def _next(experiment: Experiment, scale: Scale, ran: Mapping[str, Ran]) -> Suite | None:
+    """The first suite that has not been run, given the records of those that have."""
+    suites = experiment.suites(scale, {name: found.records for name, found in ran.items()})
+    return next((suite for suite in suites if suite.name not in ran), None)
+
+
+def _named(records: pd.DataFrame, suite: Suite, registry: Registry) -> pd.DataFrame:
+    """The records of a suite with the label of each run."""
+    labels: dict[tuple[str, str], str] = {}
+    for label, text in suite.methods.items():
+        for method in select(registry, "methods", text):
+            labels[method.name, json.dumps(method.config, sort_keys=True)] = label
+    runs = [labels[key] for key in zip(records["method"], records["config"], strict=True)]
+    return records.assign(suite=suite.name, run=runs)
+
+
+def _command(experiment: Experiment, scale: Scale, seeds: Sequence[int], common: Mapping[str, Any]) -> str:
+    """The command line that repeats the run."""
+    words = ["harness", "reproduce", experiment.label, "--scale", scale, "--seeds", seeds_text(seeds)]
+    words += ["--device", common["device"]] if common["device"] != "auto" else []
+    return shlex.join([*words, *(word for path in common["plugins"] for word in ("--plugin", str(path)))])
+
+
+def _versions(folder: Path, suites: Iterable[str]) -> dict[str, list[str]]:
+    """Of Python and the libraries, as each suite's last run had them."""
+    facts = [Store(folder / suite).environment() for suite in suites]
+    names = [name for name in environment.versions() if name != "system"]
+    return {name: list(dict.fromkeys(str(found[name]) for found in facts if name in found)) for name in names}
+
+
+def _all(ran: Mapping[str, Ran]) -> pd.DataFrame:
+    tables = [found.records for found in ran.values()]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

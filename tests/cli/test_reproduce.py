@@ -1,0 +1,142 @@
+"""`harness reproduce` end to end, with the experiment of the authors' guide, on a handful of steps."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import harness
+from harness.cli import main
+from harness.store import Store
+
+HARNESS = str(Path(sysconfig.get_path("scripts")) / "harness")
+EXAMPLE = Path(__file__).parents[1] / "distributions/harness-experiment/tiny_toy.py"
+PLUGIN = ["--plugin", "tiny_toy.py"]
+FAULTY = """
+from dataclasses import dataclass
+from harness import hookimpl
+from harness_plugins.vae import VAE
+
+@dataclass(frozen=True, kw_only=True)
+class Faulty(VAE):
+    name: str = "faulty"
+
+    def losses(self, modules, x, noise):
+        raise RuntimeError("out of ideas")
+
+@hookimpl
+def harness_methods():
+    return [Faulty()]
+"""
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    Path("tiny_toy.py").write_text(EXAMPLE.read_text())
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run a command line; exit code, stdout, stderr."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        code = main(words)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What is made of the results: report, figures and summary."""
+    files = [*folder.glob("*.*"), *(folder / "figures").iterdir()]
+    return {path.name: path.read_bytes() for path in files if path.is_file()}
+
+
+def test_an_experiment_is_run_reported_and_not_run_twice(run: Run) -> None:
+    """In a fresh process, as a user types it; then once more in this one, which computes nothing."""
+    words = ["reproduce", "tiny-toy[steps=5]", "--scale", "smoke", *PLUGIN]
+    environment = dict(os.environ)  # as Python has it: readline, which pytest imports, adds COLUMNS behind its back
+    done = subprocess.run([HARNESS, *words], capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("started") == 6  # two methods and two seeds, then one method in the first one's seconds
+    folder = Path("results/tiny-toy-steps-5")
+    assert set(contents(folder)) == {"report.md", "summary.csv", "latent.png", "differences.png"}
+    for suite, runs in (("equal-steps", {"avb", "vae"}), ("equal-seconds", {"vae"})):
+        assert set(pd.read_csv(folder / suite / "records.csv")["method"]) == runs
+        assert (folder / suite / "examples.parquet").is_file()
+    assert "-1.403" in done.stdout
+    assert "AVB has the higher log p(x) at equal seconds" in done.stdout, done.stdout
+    assert f"report:  {folder}/report.md" in done.stdout
+    budgets = set(pd.read_csv(folder / "equal-seconds/records.csv")["budget"])
+    assert len(budgets) == 1
+    assert budgets.pop().startswith("seconds=")
+
+    before = contents(folder)
+    code, out, err = run(*words)
+    assert (code, err) == (0, "")
+    assert out == done.stdout
+    assert contents(folder) == before
+
+
+def test_a_failed_job_is_told_and_the_rest_goes_on(run: Run) -> None:
+    Path("faulty.py").write_text(FAULTY)
+    source = EXAMPLE.read_text().replace('"avb[noise_dim=8]"', '"faulty"')
+    Path("tiny_toy.py").write_text(source)
+    words = ["reproduce", "tiny-toy[steps=5]", "--scale", "smoke", *PLUGIN, "--plugin", "faulty.py", "--out", "here"]
+    words += ["--seeds", "1"]
+    code, out, err = run(*words)
+    assert code == 1
+    assert "harness: failed: faulty on four-points, seed 0" in err
+    assert "`harness reproduce` with --retry failed tries these again" in err
+    assert "undecided: no number for avb (equal-steps)" in out
+    text = Path("here/report.md").read_text()
+    assert "| equal-steps | avb | seed 0 | the fit | failed | RuntimeError: out of ideas |" in text
+    assert set(Store("here/equal-seconds").records()["status"]) == {"ok"}  # the VAE's own seconds
+
+    code, _, err = run(*words)
+    assert code == 1
+    assert "started" not in err  # what failed is done, until it is asked for again
+    code, _, err = run(*words, "--retry", "failed")
+    assert code == 1
+    assert err.count("started") == 1
+
+
+def test_a_later_suite_that_cannot_be_run_is_refused_before_the_first(run: Run) -> None:
+    source = EXAMPLE.read_text().replace('methods={"vae": "vae"}', 'methods={"vae": "vea"}')
+    Path("tiny_toy.py").write_text(source)
+    code, out, err = run("reproduce", "tiny-toy", "--scale", "smoke", *PLUGIN)
+    assert (code, out) == (2, "")
+    assert err == "harness: error: unknown method 'vea'; did you mean 'vae'?\n"
+    assert not Path("results").exists()
+
+
+def test_python_does_the_same_with_seeds_and_a_folder_of_ones_own(tmp_path: Path) -> None:
+    folder = tmp_path / "here"
+    records = harness.reproduce("tiny-toy[steps=5]", scale="smoke", seeds=[4], out=folder, plugins=["tiny_toy.py"])
+    assert set(records["suite"]) == {"equal-steps", "equal-seconds"}
+    assert set(records["run"]) == {"avb", "vae"}
+    stored = Store(folder / "equal-steps").records()
+    assert set(stored["budget"]) == {"steps=5"}
+    assert set(stored["seed"]) == {4}
+    text = (folder / "report.md").read_text()
+    assert "# tiny-toy\\[steps=5\\], scale smoke" in text
+    assert "harness reproduce 'tiny-toy[steps=5]' --scale smoke --seeds 4, --plugin tiny_toy.py" in text
+
+
+def test_show_and_list_tell_what_an_experiment_runs(run: Run) -> None:
+    code, out, _ = run("show", "tiny-toy[steps=7]", *PLUGIN)
+    assert code == 0
+    assert "equal-steps: avb[noise_dim=8],vae on four-points, steps=70, 2 seeds" in out
+    assert "equal-seconds: on four-points, 2 seeds; depends on the suites before it" in out
+    assert "tiny-toy" in run("list", "experiments", *PLUGIN)[1]
