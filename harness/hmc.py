@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.model import DecoderModel, LatentModel, StandardNormalPrior, log_normal
+from harness.model import DecoderModel, LatentModel, has_standard_normal_prior, log_normal
 
 JITTER = 0.2  # relative; trajectories of one fixed length may return to where they began
 
@@ -100,14 +100,14 @@ class DecoderDensity(Density):
 def joint_density(model: LatentModel, x: Tensor) -> Density:
     """log p(x, z) as a function of z, for a frozen model and a block x (B, *E)."""
     known = type(model).log_likelihood is DecoderModel.log_likelihood and type(model).log_joint is LatentModel.log_joint
-    if known and type(model).log_prior is StandardNormalPrior.log_prior and isinstance(model, DecoderModel):
+    if known and has_standard_normal_prior(model) and isinstance(model, DecoderModel):
         return DecoderDensity(model, x.flatten(1))
     return FunctionDensity(lambda z: model.log_joint(x, z))
 
 
 def prior_density(model: LatentModel) -> Density:
     """log p(z) as a function of z."""
-    if type(model).log_prior is StandardNormalPrior.log_prior:
+    if has_standard_normal_prior(model):
         one = torch.ones(())
         return GaussianDensity(0 * one, one)
     return FunctionDensity(model.log_prior)
