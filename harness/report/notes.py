@@ -48,6 +48,7 @@ def notes(table: Table) -> list[str]:
     """What a reader has to know before trusting the table, most important first."""
     return [
         *_issue_notes(table),
+        *_fixed_notes(table),
         *(_excess_note(table, row) for row in table.rows if row.exceeds),
         *(note for row in table.rows for note in doubts.of_certificate(row, table.evaluator)),
         *doubts.of_ranking(table),
@@ -75,6 +76,14 @@ def _issue_notes(table: Table) -> list[str]:
             what = f"{one_line(issue.label)}, {issue.evaluator}" if issue.evaluator else one_line(issue.label)
             told.append(f"{what}: {issue.status} ({found}): {one_line(issue.reason)}")
     return told
+
+
+def _fixed_notes(table: Table) -> list[str]:
+    if table.decoder_parameters != "0" or len(table.rows) == 1:
+        return []
+    return [
+        "the model has nothing to learn: log p(x) is the same for all methods, which differ in their posteriors alone"
+    ]
 
 
 def _excess_note(table: Table, row: MethodRow) -> str:
