@@ -22,7 +22,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 
-from harness.model import DecoderModel, LatentModel, StandardNormalPrior, log_normal
+from harness.model import DecoderModel, LatentModel, has_standard_normal_prior, log_normal
 
 JITTER = 0.2  # relative; trajectories of one fixed length may return to where they began
 
@@ -128,13 +128,13 @@ def is_plain_decoder(model: LatentModel) -> TypeGuard[DecoderModel]:
         isinstance(model, DecoderModel)
         and type(model).log_likelihood is DecoderModel.log_likelihood
         and type(model).log_joint is LatentModel.log_joint
-        and type(model).log_prior is StandardNormalPrior.log_prior
+        and has_standard_normal_prior(model)
     )
 
 
 def prior_density(model: LatentModel) -> Density:
     """log p(z) as a function of z."""
-    if type(model).log_prior is StandardNormalPrior.log_prior:
+    if has_standard_normal_prior(model):
         one = torch.ones(())
         return GaussianDensity(0 * one, one)
     return FunctionDensity(model.log_prior)

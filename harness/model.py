@@ -66,6 +66,11 @@ class StandardNormalPrior(LatentModel):
         return -0.5 * (z.square().sum(-1) + self.latent_dim * LOG_2PI)
 
 
+def has_standard_normal_prior(model: LatentModel) -> bool:
+    """Whether p(z) = N(0, I), and what is known in closed form of that prior holds."""
+    return type(model).log_prior is StandardNormalPrior.log_prior
+
+
 @runtime_checkable
 class CanSimulate(Protocol):
     """A model that observations can be drawn from and that has a mean for each latent."""

@@ -105,12 +105,26 @@ class ResidualPairTrunk(Trunk):
     """Features of a pair (x, z): a layer on both, then residual blocks whose second layer starts at zero.
 
     The discriminator of the AVB paper's toy and Eight Schools code, without its output layer.
+
+    Args:
+        branch: Factor on what each block adds; less than 1 for many blocks, whose changes multiply.
     """
 
-    def __init__(self, inputs: int, latent_dim: int, width: int, blocks: int, activation: Activation, *, centre: bool):
+    def __init__(
+        self,
+        inputs: int,
+        latent_dim: int,
+        width: int,
+        blocks: int,
+        activation: Activation,
+        *,
+        centre: bool,
+        branch: float = 1.0,
+    ):
         super().__init__()
         self.features = width
         self.centre = centre
+        self.branch = branch
         self.activation = ACTIVATIONS[activation]
         self.from_x, self.from_z = linear(inputs, width), linear(latent_dim, width, bias=False)
         self.first = nn.ModuleList(linear(width, width) for _ in range(blocks))
@@ -121,7 +135,7 @@ class ResidualPairTrunk(Trunk):
         h = x.flatten(1)
         h = self.from_x(2 * h - 1 if self.centre else h) + self.from_z(z)
         for first, second in zip(self.first, self.second, strict=True):
-            h = h + second(self.activation(first(self.activation(h))))
+            h = torch.add(h, second(self.activation(first(self.activation(h)))), alpha=self.branch)
         return self.activation(h)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -86,7 +87,8 @@ def _of_method(thing: Any) -> Facts:
 
     for name, cls in vars(sys.modules[type(thing).__module__]).items():
         if isinstance(cls, type) and issubclass(cls, posterior.Posterior) and cls is not posterior.Posterior:
-            yield "posterior", f"{name}: {_capabilities(posterior, cls) or 'sampling only'}"
+            offered = _capabilities(posterior, partial(_has_methods, cls))
+            yield "posterior", f"{name}: {offered or 'sampling only'}"
 
 
 def _of_problem(problem: Problem) -> Facts:
@@ -103,10 +105,8 @@ def _of_problem(problem: Problem) -> Facts:
         yield "data", f"not available: {error}"
         return
     decoder = problem.model_spec().new_model(data.event_shape)
-    yield (
-        "decoder",
-        f"{count_parameters(decoder)} parameters; {_capabilities(model, type(decoder)) or 'nothing optional'}",
-    )
+    offered = _capabilities(model, partial(isinstance, decoder))
+    yield "decoder", f"{count_parameters(decoder)} parameters; {offered or 'nothing optional'}"
     yield from _of_data(data)
     yield "spec hash", problem.spec_hash
     if problem.optimum is not None:
@@ -157,13 +157,13 @@ _FACTS = {
 }
 
 
-def _capabilities(module: ModuleType, cls: type) -> str:
-    """The optional protocols of a core module that a class fulfils, each in the words of its docstring."""
+def _capabilities(module: ModuleType, offers: Callable[[Any], bool]) -> str:
+    """The optional protocols of a core module that something offers, each in the words of its docstring."""
     from harness.cli.describe import summary
 
     names: dict[str, Any] = vars(module)
     protocols = [found for found in names.values() if getattr(found, "_is_protocol", False)]
-    own = [found for found in protocols if found.__module__ == module.__name__ and _has_methods(cls, found)]
+    own = [found for found in protocols if found.__module__ == module.__name__ and offers(found)]
     return "; ".join(f"{found.__name__} ({summary(found).rstrip('.')})" for found in own)
 
 

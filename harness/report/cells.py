@@ -131,6 +131,8 @@ def observations(table: Table) -> str:
     counts = sorted({n for row in table.rows for n in scored(row)})
     if not counts:
         return ""
+    if counts == [1]:
+        return "the one observation" if table.exhaustive else f"1 {table.key.split} observation"
     number = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
     return f"{number} {table.key.split} observations" + (" (all there are)" if table.exhaustive else "")
 

@@ -189,7 +189,8 @@ def importance(table: Table, store: Source, colour: Mapping[str, str]) -> Figure
     axes.set_ylim(_settled_range(list(curves.values())))
     counts = sorted({curve.n_observations for curve in curves.values()})
     axes.set_xlabel("draws K per observation")
-    axes.set_ylabel(f"log p(x) [nats], mean over\n{' or '.join(f'{n:,}' for n in counts)} observations")
+    over = "" if counts == [1] else f", mean over\n{' or '.join(f'{n:,}' for n in counts)} observations"
+    axes.set_ylabel(f"log p(x) [nats]{over}")
     tidy(axes)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=9)

@@ -166,12 +166,19 @@ def shares(table: Table) -> dict[tuple[str, str], float]:
 
 
 def _tails(table: Table) -> list[str]:
-    heavy = [f"{one_line(label)} {100 * share:.3g} %" for (label, _), share in shares(table).items() if share > 0]
+    heavy = {(one_line(label), one_line(name)): share for (label, name), share in shares(table).items() if share > 0}
     if not heavy:
         return []
-    names = ", ".join(sorted({one_line(name) for (_, name), share in shares(table).items() if share > 0}))
-    part = f"Pareto k-hat of the weights is above 0.7 for a part of the observations ({', '.join(heavy)})"
-    return [f"{part}: the standard errors of {names} are not to be believed there, and the bound may be loose"]
+    names = ", ".join(sorted({name for _, name in heavy}))
+    above = "Pareto k-hat of the weights is above 0.7"
+    if {n for row in table.rows for estimate in row.evidence.values() for n in estimate.n_observations} == {1}:
+        labels = ", ".join(dict.fromkeys(label for label, _ in heavy))
+        return [
+            f"{above} ({labels}): the standard errors of {names} are not to be believed, and the bound may be loose"
+        ]
+    part = ", ".join(f"{label} {100 * share:.3g} %" for (label, _), share in heavy.items())
+    what = f"{above} for a part of the observations ({part})"
+    return [f"{what}: the standard errors of {names} are not to be believed there, and the bound may be loose"]
 
 
 def about_trust(table: Table, pairs: Sequence[Pair]) -> list[str]:

@@ -51,6 +51,7 @@ def notes(table: Table) -> list[str]:
     return [
         *_issue_notes(table),
         *(note for row in table.rows for note in doubts.of_warnings(row)),
+        *_fixed_notes(table),
         *(excess_note(table.evaluator, row) for row in table.rows if row.exceeds),
         *(note for row in table.rows for note in doubts.of_certificate(row, table.evaluator)),
         *doubts.of_ranking(table),
@@ -78,6 +79,14 @@ def _issue_notes(table: Table) -> list[str]:
             what = f"{one_line(issue.label)}, {issue.evaluator}" if issue.evaluator else one_line(issue.label)
             told.append(f"{what}: {issue.status} ({found}): {one_line(issue.reason)}")
     return told
+
+
+def _fixed_notes(table: Table) -> list[str]:
+    if table.decoder_parameters != "0" or len(table.rows) == 1:
+        return []
+    return [
+        "the model has nothing to learn: log p(x) is the same for all methods, which differ in their posteriors alone"
+    ]
 
 
 def excess_note(evaluator: str, row: MethodRow) -> str:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from harness.method import Budget
-from harness.model import CanSimulate, HasClosedForm, LatentModel, log_normal
+from harness.model import CanSimulate, LatentModel, log_normal
 from harness.problem import Dataset, DatasetSpec, DeviceData, Problem, TrainingView
 from harness.seeding import Streams
+from harness.testing.exact import check_exact_answers
 from harness.testing.laws import (
     check_options,
     require,
@@ -96,13 +97,12 @@ def _check_model(model: LatentModel, x: Tensor) -> None:
     require_equal(model.sample_prior(DRAWS, stream(0)), prior, "sample_prior from the same generator twice")
     require_shape(model.log_prior(prior), (DRAWS,), "log_prior")
     _check_prior_normalises(model, prior)
-    _check_likelihood(model, x)
+    _check_likelihood(model, x if len(x) > 1 else x.expand(3, *x.shape[1:]))
     if isinstance(model, CanSimulate):
         z = model.sample_prior(2, stream(1))
         require_shape(model.mean(z), (2, *x.shape[1:]), "mean")
         require_shape(model.sample_observation(z, stream(2)), (2, *x.shape[1:]), "sample_observation")
-    if isinstance(model, HasClosedForm):
-        _check_bayes(model, x)
+    check_exact_answers(model, x)
 
 
 def _check_prior_normalises(model: LatentModel, prior: Tensor) -> None:
@@ -126,15 +126,3 @@ def _check_likelihood(model: LatentModel, x: Tensor) -> None:
         gradients = torch.autograd.grad(paired.sum(), list(named.values()), allow_unused=True)
         missing = [key for key, gradient in zip(named, gradients, strict=True) if gradient is None]
         require(not missing, f"log_likelihood gives no gradient to {missing}")
-
-
-def _check_bayes(model: LatentModel, x: Tensor) -> None:
-    """log p(x) = log p(x, z) - log p(z|x), whatever z is."""
-    assert isinstance(model, HasClosedForm)
-    evidence = model.log_evidence(x)
-    require_shape(evidence, (len(x),), "log_evidence")
-    mean, covariance = model.exact_posterior(x)
-    require_shape(mean, (len(x), model.latent_dim), "exact_posterior mean")
-    posterior = torch.distributions.MultivariateNormal(mean, covariance)
-    z = model.sample_prior(len(x), stream(3))
-    require_close(model.log_joint(x, z) - posterior.log_prob(z), evidence, "log_evidence and log_joint - log posterior")

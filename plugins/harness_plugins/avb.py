@@ -5,6 +5,11 @@ r"""AVB: adversarial variational Bayes, with an implicit posterior z = z_phi(x, 
 
 At the optimum T*(x, z) = log q_phi(z|x) - log p(z), whose gradient in phi has mean zero.
 Mescheder, Nowozin, Geiger 2017, Algorithm 1, https://arxiv.org/abs/1701.04722
+
+Whatever the prior, the adversary tells q from r_0 = N(0, I), so that T* = log q - log r_0. Where the prior is another
+one, r_0 is the auxiliary distribution of section 3.3 of the paper, the same for every x and never adapted:
+
+.. math:: \max_{\theta,\phi} E_{p_D(x)} E_{q_\phi(z|x)} [-T^*(x, z) - \log r_0(z) + \log p_\theta(x, z)]
 """
 
 from __future__ import annotations
@@ -20,16 +25,22 @@ from torch.nn.functional import softplus
 
 from harness import adversarial, hookimpl
 from harness.adversarial import LogRatio, NoiseInjectedEncoder
-from harness.model import StandardNormalPrior
+from harness.model import LatentModel, has_standard_normal_prior, log_normal
 from harness.posterior import Posterior
 from harness.problem import TrainingView
 from harness.training import GradientMethod, Modules, Noise, Player
 
 
+def to_prior(t: Tensor, z: Tensor, model: LatentModel) -> Tensor:
+    """log q(z|x) - log p(z) from T = log q(z|x) - log r_0(z), r_0 = N(0, I): (..., N) and (..., N, D) -> (..., N)."""
+    return t if has_standard_normal_prior(model) else t + log_normal(z) - model.log_prior(z)
+
+
 class AdversarialPosterior(Posterior):
     """The implicit q(z|x), with the adversary's estimate of log q(z|x) - log p(z)."""
 
-    def __init__(self, encoder: NoiseInjectedEncoder, adversary: LogRatio, noise_dim: int) -> None:
+    def __init__(self, model: LatentModel, encoder: NoiseInjectedEncoder, adversary: LogRatio, noise_dim: int) -> None:
+        self.model = model
         self.encoder = encoder
         self.adversary = adversary
         self.noise_dim = noise_dim
@@ -39,7 +50,7 @@ class AdversarialPosterior(Posterior):
         return self.encoder(x, eps)
 
     def log_ratio(self, x: Tensor, z: Tensor) -> Tensor:
-        return self.adversary(x, z)
+        return to_prior(self.adversary(x, z), z, self.model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,11 +73,6 @@ class AVB(GradientMethod):
     adversary_steps: PositiveInt = 1
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.5
 
-    def unfit(self, view: TrainingView) -> str | None:
-        if not isinstance(view.model, StandardNormalPrior):
-            return "the adversary's samples and its |z|^2/2 need a standard normal prior"
-        return None
-
     def build(self, view: TrainingView) -> Modules:
         return Modules(
             {
@@ -87,15 +93,15 @@ class AVB(GradientMethod):
         return {"eps": (self.noise_dim,), "prior_z": (view.latent_dim,)}
 
     def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
-        z = modules["encoder"](x, noise["eps"])
+        model, z = modules["model"], modules["encoder"](x, noise["eps"])
         t_posterior, t_prior = modules["adversary"](x, torch.stack([z, noise["prior_z"]]))
         return {
-            "negative_elbo": (t_posterior - modules["model"].log_likelihood(x, z)).mean(),
+            "negative_elbo": (to_prior(t_posterior, z, model) - model.log_likelihood(x, z)).mean(),
             "adversary": softplus(-t_posterior).mean() + softplus(t_prior).mean(),
         }
 
     def posterior(self, modules: Modules) -> Posterior:
-        return AdversarialPosterior(modules["encoder"], modules["adversary"], self.noise_dim)
+        return AdversarialPosterior(modules["model"], modules["encoder"], modules["adversary"], self.noise_dim)
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-r"""log p(x) without sampling: in closed form, or by quadrature in at most two latent dimensions.
+r"""log p(x) without sampling: as the model knows it, or by quadrature in at most two latent dimensions.
 
 .. math:: \log p(x) = \log \int p(x|z)\, p(z)\, dz \approx \log h^D \sum_c p(x|z_c)\, p(z_c)
 
@@ -24,7 +24,7 @@ from harness import hookimpl
 from harness.estimators import BLOCK_ELEMENTS, SMALLEST_EVENT, posterior_means
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
 from harness.method import Diverged, Fit
-from harness.model import HasEvidence, LatentModel
+from harness.model import HasClosedForm, HasEvidence, LatentModel
 from harness.posterior import HasDensity
 from harness.problem import Problem
 
@@ -61,7 +61,8 @@ class Exact(Evaluator):
     def measure(self, fit: Fit, problem: Problem, run: EvaluationRun) -> list[Measurement]:
         x, indices = run.data.scored(self.observations)
         if isinstance(fit.model, HasEvidence):
-            log_p, settings = fit.model.log_evidence(x).double(), {"method": "closed form"}
+            method = "closed form" if isinstance(fit.model, HasClosedForm) else "known to the model"
+            log_p, settings = fit.model.log_evidence(x).double(), {"method": method}
         else:
             log_p, settings = quadrature(fit.model, x, self.tolerance, self.points)
         zero = torch.zeros_like(log_p)

@@ -9,7 +9,7 @@ Duvenaud 2018, Eq. 5, https://arxiv.org/abs/1801.03558
 What is found in the place of q* is at best q* itself, and AIS errs low, so that
 
 ================== ============================ ================================================
-log p(x)           in closed form               by AIS, a stochastic lower bound
+log p(x)           known to the model           by AIS, a stochastic lower bound
 ================== ============================ ================================================
 approximation gap  stochastic upper bound       consistent: its parts err in opposite directions
 amortisation gap   stochastic lower bound       stochastic lower bound
@@ -40,7 +40,7 @@ from harness.annealing import AnnealedEvaluator
 from harness.estimators import observation_blocks, posterior_means, sample_blocks
 from harness.evaluator import EvaluationRun, Kind, Measurement
 from harness.method import Fit
-from harness.model import HasEvidence, LatentModel
+from harness.model import HasClosedForm, HasEvidence, LatentModel
 from harness.posterior import HasDensity, HasLocalFamily, LocalFamily
 from harness.problem import Problem
 
@@ -77,8 +77,8 @@ class ELBOs:
 class Gaps(AnnealedEvaluator):
     """`approximation_gap`, `amortisation_gap` and `kl_to_posterior`, their sum, nats.
 
-    Posteriors without a local family have the sum alone. log p(x) is taken in closed form where the model has one,
-    else from annealed importance sampling: the settings besides those below are its own, and the same run serves `ais`.
+    Posteriors without a local family have the sum alone. log p(x) is what the model knows, else it is from annealed
+    importance sampling: the settings besides those below are its own, and the same run serves `ais`.
 
     Args:
         steps: Of the optimisation of q*, all observations at once.
@@ -125,7 +125,8 @@ class Gaps(AnnealedEvaluator):
     def _log_likelihood(self, fit: Fit, x: Tensor, run: EvaluationRun) -> LogLikelihood:
         if isinstance(fit.model, HasEvidence):
             log_p = fit.model.log_evidence(x).double()
-            return LogLikelihood(log_p, torch.zeros_like(log_p), True, {"log_likelihood": "closed form"})
+            method = "closed form" if isinstance(fit.model, HasClosedForm) else "known to the model"
+            return LogLikelihood(log_p, torch.zeros_like(log_p), True, {"log_likelihood": method})
 
         def told(part: float, acceptance: float, running: float) -> None:
             run.progress(0.5 + part / 2, f"acceptance {acceptance:.2f}, log p(x) so far {running:.2f}")

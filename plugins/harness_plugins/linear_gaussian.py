@@ -55,6 +55,12 @@ class LinearGaussianModel(DecoderModel):
         scaled = (x.double() - bias) @ weight / variance
         return torch.cholesky_solve(scaled.T, cholesky).T, torch.cholesky_inverse(cholesky)
 
+    def sample_exact_posterior(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        """Independent draws from p(z|x): x (N, E) -> (n, N, D), of the dtype of x."""
+        mean, covariance = self.exact_posterior(x)
+        noise = torch.randn((n, *mean.shape), generator=generator, device=mean.device, dtype=mean.dtype)
+        return (mean + noise @ torch.linalg.cholesky(covariance).T).to(x.dtype)
+
     def best_mean_field(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (N, D) and standard deviations (D,) of the diagonal Gaussian q that minimises KL(q || p(z|x))."""
         return self.exact_posterior(x)[0], self._precision().diagonal().rsqrt()

@@ -2,6 +2,7 @@ r"""VAE: a diagonal Gaussian posterior, trained on the evidence lower bound.
 
 .. math:: \log p_\theta(x) \ge E_{q_\phi(z|x)}[\log p_\theta(x|z)] - KL(q_\phi(z|x) \| p(z))
 
+The KL is analytic where p(z) = N(0, I); for another prior it is the mean of log q(z|x) - log p(z) over the same draws.
 Kingma and Welling 2014, https://arxiv.org/abs/1312.6114; Rezende, Mohamed, Wierstra 2014, https://arxiv.org/abs/1401.4082
 """
 
@@ -14,7 +15,7 @@ from pydantic import PositiveFloat
 from torch import Tensor, nn
 
 from harness import hookimpl
-from harness.model import StandardNormalPrior, log_normal
+from harness.model import has_standard_normal_prior, log_normal
 from harness.nn import Trunk, linear
 from harness.posterior import LocalFamily, LocalGaussian, Posterior
 from harness.problem import TrainingView
@@ -57,17 +58,21 @@ class GaussianPosterior(Posterior):
     def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
         return log_normal(z, *self.encoder(x))
 
-    def kl_to_prior(self, x: Tensor) -> Tensor:
-        """KL(q(z|x) || N(0, I)): x (N, *E) -> (N,), nats. Defined for a standard normal prior."""
-        return kl_to_standard_normal(*self.encoder(x))
-
     def local(self, x: Tensor) -> LocalFamily:
         return LocalGaussian(*self.encoder(x))
 
 
+class AnalyticGaussianPosterior(GaussianPosterior):
+    """The same, where the prior is N(0, I)."""
+
+    def kl_to_prior(self, x: Tensor) -> Tensor:
+        """KL(q(z|x) || N(0, I)): x (N, *E) -> (N,), nats."""
+        return kl_to_standard_normal(*self.encoder(x))
+
+
 @dataclass(frozen=True, kw_only=True)
 class VAE(GradientMethod):
-    """Gaussian VAE with one reparametrised sample and the analytic KL to a standard normal prior.
+    """Gaussian VAE with one reparametrised sample, and the analytic KL where the prior is a standard normal.
 
     Args:
         lr: Learning rate of Adam.
@@ -75,11 +80,6 @@ class VAE(GradientMethod):
 
     name: str = "vae"
     lr: PositiveFloat = 3e-3
-
-    def unfit(self, view: TrainingView) -> str | None:
-        if not isinstance(view.model, StandardNormalPrior):
-            return "the analytic KL needs a standard normal prior"
-        return None
 
     def build(self, view: TrainingView) -> Modules:
         return Modules({"model": view.model, "encoder": GaussianEncoder(view.encoder_trunk(), view.latent_dim)})
@@ -91,13 +91,17 @@ class VAE(GradientMethod):
         return {"eps": (view.latent_dim,)}
 
     def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
-        mean, log_sd = modules["encoder"](x)
+        model, (mean, log_sd) = modules["model"], modules["encoder"](x)
         z = mean + torch.exp(log_sd) * noise["eps"]
-        elbo = modules["model"].log_likelihood(x, z) - kl_to_standard_normal(mean, log_sd)
-        return {"negative_elbo": -elbo.mean()}
+        if has_standard_normal_prior(model):
+            kl = kl_to_standard_normal(mean, log_sd)
+        else:
+            kl = log_normal(noise["eps"]) - log_sd.sum(-1) - model.log_prior(z)
+        return {"negative_elbo": -(model.log_likelihood(x, z) - kl).mean()}
 
     def posterior(self, modules: Modules) -> Posterior:
-        return GaussianPosterior(modules["encoder"])
+        analytic = has_standard_normal_prior(modules["model"])
+        return (AnalyticGaussianPosterior if analytic else GaussianPosterior)(modules["encoder"])
 
 
 @hookimpl
