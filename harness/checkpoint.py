@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.numpy import save as save_tensors
 
 from harness.method import Checkpoint, CurvePoint, Run, State
-from harness.options import UserError
 from harness.stopping import Stop
 from harness.store import Facts, Store
 
@@ -22,7 +28,28 @@ EVERY = 60.0
 COST = 0.005
 """The part of a fit's time that may go into checkpoints: where writing is slow, they are fewer."""
 
+SCHEMA = 1
 _PLACE = ("hardware", "threads", "torch_version")
+
+
+class Damaged(Exception):
+    """A checkpoint that cannot be used: it is damaged, or of a version with another schema."""
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How far a fit has come; the fraction is 0 where nobody knows."""
+
+    step: int
+    fraction: float
+
+
+def reached(store: Store, job_id: str) -> Reached | None:
+    """Where the fit of a job would go on, or None if it would start anew."""
+    with suppress(Damaged), _opened(store.checkpoint_path(job_id)) as file:
+        facts = _facts(file)
+        return Reached(facts["step"], facts["fraction"])
+    return None
 
 
 class StoredCheckpoint(Checkpoint):
@@ -53,15 +80,16 @@ class StoredCheckpoint(Checkpoint):
         self._failing = False
 
     def load(self) -> State | None:
+        path = self.store.checkpoint_path(self.job_id)
+        if not path.is_file():
+            return None
         try:
             with self.run.clock.aside():
-                found = self.store.checkpoint(self.job_id)
-        except UserError as error:
+                arrays, facts = _read(path)
+        except Damaged as error:
             log.warning("%s; the fit starts anew", error)
             return None
-        if found is None:
-            return None
-        tensors, facts = {name: torch.from_numpy(array) for name, array in found[0].items()}, found[1]
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         self.run.curve[:] = _points(tensors.pop("curve").tolist())
         self.run.clock.resume(facts["seconds"], facts["peak_bytes"])
         self._next = facts["seconds"] + EVERY
@@ -90,7 +118,7 @@ class StoredCheckpoint(Checkpoint):
         """Whether it could be written; if not, the user is told, and the fit goes on without."""
         arrays = {f"method/{name}": tensor.detach().cpu().numpy() for name, tensor in state.tensors.items()}
         try:
-            self.store.write_checkpoint(self.job_id, {**arrays, "curve": _array(self.run.curve)}, facts)
+            self.store.write_checkpoint(self.job_id, _content({**arrays, "curve": _array(self.run.curve)}, facts))
         except OSError as error:
             if not self._failing:
                 log.warning("%s: %s; the fit goes on, but for now it cannot be taken up again from where it is",
@@ -122,3 +150,44 @@ def _points(rows: list[list[float]]) -> list[CurvePoint]:
         CurvePoint(int(step), seconds, objective, None if math.isnan(validation) else validation)
         for step, seconds, objective, validation in rows
     ]
+
+
+# One file, so that tensors and facts never belong to different moments
+
+
+def _content(arrays: dict[str, np.ndarray], facts: Facts) -> bytes:
+    text = json.dumps({**facts, "schema": SCHEMA})
+    return save_tensors(arrays, {"facts": text, "sha256": _checksum(arrays, text)})
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], Facts]:
+    with _opened(path) as file:
+        facts = _facts(file)
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if _checksum(arrays, file.metadata()["facts"]) != file.metadata()["sha256"]:
+            raise ValueError("its checksum is wrong")
+    return arrays, facts
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except Exception as error:  # safetensors raises its own and others' errors on damaged files
+        raise Damaged(f"{path} cannot be used ({error})") from None
+
+
+def _facts(file: Any) -> Facts:
+    facts = json.loads(file.metadata()["facts"])
+    if facts["schema"] != SCHEMA:
+        raise ValueError(f"schema {facts['schema']}; this version of the harness reads {SCHEMA}")
+    return facts
+
+
+def _checksum(arrays: Mapping[str, np.ndarray], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"|{name} {array.dtype.str} {array.shape}|".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

@@ -15,7 +15,19 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from harness import estimators, evaluator, method, minibatches, model, nn, posterior, problem, seeding, training
+from harness import (
+    estimators,
+    evaluator,
+    method,
+    minibatches,
+    model,
+    nn,
+    players,
+    posterior,
+    problem,
+    seeding,
+    training,
+)
 from harness.checkpoint import StoredCheckpoint
 from harness.clock import Clock
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
@@ -34,7 +46,7 @@ OnProgress = Callable[[float, CurvePoint], None]
 OnResumed = Callable[[float, int], None]
 OnMeasured = Callable[[float, str], None]
 
-_FIT_SOURCES = (seeding, model, posterior, nn, problem, minibatches, method, training)
+_FIT_SOURCES = (seeding, model, posterior, nn, problem, minibatches, method, players, training)
 _MEASURE_SOURCES = (evaluator, estimators)
 
 

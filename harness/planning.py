@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import torch
 
+from harness.checkpoint import Reached, reached
 from harness.evaluator import Evaluator
 from harness.job import Job, Precision, evaluator_file, is_measured
 from harness.method import Budget, Method
@@ -79,7 +80,7 @@ class Comparison:
         facts = store.job(job.job_id) or {"status": ""}
         status = "" if facts["status"] in self.retry else facts["status"]
         waiting = [by for by in self.evaluators if not is_measured(job, by, store, self.retry)]
-        reached = (None if status else store.checkpoint_facts(job.job_id)) or {"step": 0, "fraction": 0.0}
+        begun = (None if status else reached(store, job.job_id)) or Reached(0, 0.0)
         return PlannedJob(
             job.job_id,
             job.problem.label,
@@ -90,8 +91,8 @@ class Comparison:
             str(job.budget),
             status,
             tuple(waiting) if status in ("", "ok") else (),
-            reached["step"],
-            reached["fraction"],
+            begun.step,
+            begun.fraction,
         )
 
 

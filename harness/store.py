@@ -13,20 +13,18 @@ DIR/records.parquet  .csv  examples.parquet derived from the above, can be rebui
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from safetensors import safe_open
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
@@ -34,8 +32,6 @@ from harness.options import UserError
 from harness.record import COLUMNS, SCHEMA, row
 
 Facts = dict[str, Any]
-
-CHECKPOINT_SCHEMA = 1
 
 
 class Store:
@@ -141,41 +137,20 @@ class Store:
 
     # Checkpoints
 
-    def write_checkpoint(self, job_id: str, tensors: Mapping[str, np.ndarray], facts: Mapping[str, Any]) -> None:
-        """Replace the checkpoint of a job: tensors and facts are one file, so they never belong to different moments.
+    def checkpoint_path(self, job_id: str) -> Path:
+        """Where the checkpoint of a job is, if it has one."""
+        return self.path / "checkpoints" / job_id / "state.safetensors"
+
+    def write_checkpoint(self, job_id: str, content: bytes) -> None:
+        """Replace the checkpoint of a job.
 
         Raises:
             OSError: If it cannot be written; the one before is left as it was.
         """
-        content = dict(tensors)
-        text = json.dumps({**facts, "schema": CHECKPOINT_SCHEMA})
-        header = {"facts": text, "sha256": _checksum(content, text)}
-        self._write(_checkpoint_name(job_id), save_tensors(content, header))
-
-    def checkpoint(self, job_id: str) -> tuple[dict[str, np.ndarray], Facts] | None:
-        """Tensors and facts of the checkpoint of a job, or None.
-
-        Raises:
-            UserError: If it is damaged, or of a version with another schema.
-        """
-        path = self.path / _checkpoint_name(job_id)
-        if not path.is_file():
-            return None
-        with _opened_checkpoint(path) as file:
-            facts = _checkpoint_facts(file)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if _checksum(tensors, file.metadata()["facts"]) != file.metadata()["sha256"]:
-                raise ValueError("its checksum is wrong")
-        return tensors, facts
-
-    def checkpoint_facts(self, job_id: str) -> Facts | None:
-        """The facts alone, which is quick; None also if they cannot be read."""
-        with suppress(UserError), _opened_checkpoint(self.path / _checkpoint_name(job_id)) as file:
-            return _checkpoint_facts(file)
-        return None
+        self._write(str(self.checkpoint_path(job_id).relative_to(self.path)), content)
 
     def remove_checkpoint(self, job_id: str) -> None:
-        shutil.rmtree((self.path / _checkpoint_name(job_id)).parent, ignore_errors=True)
+        shutil.rmtree(self.checkpoint_path(job_id).parent, ignore_errors=True)
 
     def environment(self) -> Facts:
         """Machine and versions of the last run that fitted or measured anything; empty if none has."""
@@ -296,35 +271,6 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-def _checkpoint_name(job_id: str) -> str:
-    return f"checkpoints/{job_id}/state.safetensors"
-
-
-def _checksum(tensors: Mapping[str, np.ndarray], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name, array in sorted(tensors.items()):
-        digest.update(f"|{name} {array.dtype.str} {array.shape}|".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
-
-
-@contextmanager
-def _opened_checkpoint(path: Path) -> Generator[Any]:
-    """The open file; whatever is wrong with its content is a UserError."""
-    try:
-        with cast("Any", safe_open(path, framework="numpy")) as file:
-            yield file
-    except Exception as error:  # safetensors raises its own and others' errors on damaged files
-        raise UserError(f"{path} cannot be used ({error})") from None
-
-
-def _checkpoint_facts(file: Any) -> Facts:
-    facts: Facts = json.loads(file.metadata()["facts"])
-    if facts["schema"] != CHECKPOINT_SCHEMA:
-        raise ValueError(f"schema {facts['schema']}; this version of the harness reads {CHECKPOINT_SCHEMA}")
-    return facts
 
 
 def _npz(arrays: Mapping[str, np.ndarray]) -> bytes:

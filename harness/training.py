@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -21,42 +21,16 @@ from torch import Tensor, nn
 
 from harness.method import CurvePoint, Diverged, Fit, Method, Run, State
 from harness.nn import count_parameters
+from harness.players import Buffers, Modules, Noise, NoiseStreams, Owned, Player
 from harness.posterior import Posterior
 from harness.problem import TrainingView
 
-Noise = dict[str, Tensor]
-
 FURTHER = "further minibatches"  # of a player's own steps: the first step's stay the same for all methods
 LOG_EVERY = 100
-ALIGNED_ELEMENTS = 16  # 64 bytes of float32
 CLOCK_EVERY = 10
 VALIDATION_CHECKS = 20
 CONVERGENCE_CHECK_STEPS = 500
 VALIDATION_BATCH = 1000
-
-
-class Modules(nn.ModuleDict):
-    """The networks of a fit by name, each of whatever class the method made it."""
-
-    def __getitem__(self, key: str) -> Any:
-        return super().__getitem__(key)
-
-
-@dataclass(frozen=True)
-class Player:
-    """Who minimises the loss of the same name.
-
-    Args:
-        on: Names of the modules whose parameters the player owns.
-        steps: Updates per step of the loop. The first is simultaneous with the other players', from one shared forward
-            pass; each further one is this player's alone, on a fresh batch with fresh noise.
-    """
-
-    name: str
-    on: tuple[str, ...]
-    lr: float
-    betas: tuple[float, float] = (0.9, 0.999)
-    steps: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,90 +118,6 @@ def _built(method: GradientMethod, view: TrainingView) -> Modules:
     return modules.to(device=view.validation.device, dtype=view.validation.dtype)
 
 
-class _Owned:
-    """A player with its parameters, all in one flat vector, and its optimiser.
-
-    The modules' parameters become views of that vector, so that a step of the optimiser is one operation, whatever the
-    number of layers. A player whose modules have no parameters (a fixed model) never steps.
-    """
-
-    def __init__(self, player: Player, modules: Modules) -> None:
-        self.player = player
-        self.parameters = [parameter for name in player.on for parameter in modules[name].parameters()]
-        if not self.parameters:
-            return
-        # Zeros behind each tensor make the next one start at an address that suits vector instructions.
-        self.paddings = [p.detach().new_zeros(-p.numel() % ALIGNED_ELEMENTS) for p in self.parameters]
-        self.flat = self._flattened([parameter.detach() for parameter in self.parameters])
-        offset = 0
-        for parameter, padding in zip(self.parameters, self.paddings, strict=True):
-            parameter.data = self.flat[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel() + len(padding)
-        self.optimiser = torch.optim.Adam([self.flat], lr=player.lr, betas=player.betas, fused=True)
-
-    def _flattened(self, tensors: Sequence[Tensor]) -> Tensor:
-        pairs = zip(tensors, self.paddings, strict=True)
-        return torch.cat([piece for tensor, padding in pairs for piece in (tensor.reshape(-1), padding)])
-
-    def differentiate(self, loss: Tensor, clip_norm: float, *, keep: bool) -> None:
-        """Put the gradient of the player's loss where the optimiser finds it."""
-        self.flat.grad = self._flattened(torch.autograd.grad(loss, self.parameters, retain_graph=keep))
-        if clip_norm:
-            nn.utils.clip_grad_norm_([self.flat], clip_norm)
-
-    def step(self, lr_factor: float) -> None:
-        self.optimiser.param_groups[0]["lr"] = self.player.lr * lr_factor
-        self.optimiser.step()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The parameters, flat, and what the optimiser knows of them."""
-        return {"flat": self.flat, **self.optimiser.state_dict()["state"][0]} if self.parameters else {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if self.parameters:
-            self.flat.copy_(state["flat"])
-            moments = {name: tensor for name, tensor in state.items() if name != "flat"}
-            self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": {0: moments}})
-
-
-class _NoiseStreams:
-    """Standard normal noise for one minibatch after another; each kind has its own stream."""
-
-    def __init__(self, run: Run, shapes: Mapping[str, tuple[int, ...]], purpose: str) -> None:
-        self.run = run
-        self.shapes = shapes
-        self.streams = {name: run.generator(f"{purpose}/{name}") for name in shapes}
-
-    def draw(self, n: int) -> Noise:
-        """Noise for n observations: each of shape (n, *shape)."""
-        place: dict[str, Any] = {"device": self.run.device, "dtype": self.run.dtype}
-        return {
-            name: torch.randn((n, *self.shapes[name]), generator=stream, **place)
-            for name, stream in self.streams.items()
-        }
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {name: stream.get_state() for name, stream in self.streams.items()}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        for name, stream in self.streams.items():
-            stream.set_state(state[name])
-
-
-class _Buffers:
-    """Those tensors of the modules that are no parameters."""
-
-    def __init__(self, modules: Modules) -> None:
-        self.modules = modules
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return dict(self.modules.named_buffers())
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        for name, buffer in self.modules.named_buffers():
-            buffer.copy_(state[name])
-
-
 @dataclass
 class _Loop:
     method: GradientMethod
@@ -240,12 +130,12 @@ class _Loop:
     lr_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        self.owned = [_Owned(player, self.modules) for player in self.method.players()]
+        self.owned = [Owned(player, self.modules) for player in self.method.players()]
         self.objective = self.owned[0].player.name
         self.shapes = self.method.noise(self.view)
         self.batches = self.run.batches(self.view.train, self.method.batch_size)
         self.further_batches = self.run.batches(self.view.train, self.method.batch_size, FURTHER)
-        self.noise = _NoiseStreams(self.run, self.shapes, "noise")
+        self.noise = NoiseStreams(self.run, self.shapes, "noise")
         self.check_every = (
             math.ceil(self.run.budget.amount / VALIDATION_CHECKS)
             if self.run.budget.unit == "steps"
@@ -298,7 +188,7 @@ class _Loop:
         """Everything with tensors that a step changes, by name."""
         players = {f"player {owned.player.name}": owned for owned in self.owned}
         batches = {"minibatches": self.batches, FURTHER: self.further_batches}
-        return {**players, **batches, "noise": self.noise, "buffers": _Buffers(self.modules)}
+        return {**players, **batches, "noise": self.noise, "buffers": Buffers(self.modules)}
 
     def state(self) -> State:
         """All that decides the steps to come, besides what the run keeps itself."""
@@ -342,7 +232,7 @@ class _Loop:
 
     def _validate(self) -> float:
         """The objective on the validation split, with the same noise at every check; off the fit clock."""
-        noise = _NoiseStreams(self.run, self.shapes, "validation")
+        noise = NoiseStreams(self.run, self.shapes, "validation")
         observations = self.view.validation
         copies = max(1, VALIDATION_BATCH // len(observations))  # more noise where there are few observations
         total, n = 0.0, copies * len(observations)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from harness.checkpoint import reached
 from harness.cli import main
 from harness.record import TIMING_COLUMNS
 from harness.store import Store
@@ -142,12 +143,12 @@ def test_a_killed_fit_goes_on_from_its_last_checkpoint(run: Run) -> None:
     assert process.returncode == -signal.SIGKILL
     store = Store("parts")
     assert store.job_ids() == []
-    reached = store.checkpoint_facts(kept[0].parent.name)
-    assert reached is not None
-    assert 0 < reached["step"] < 250
+    stopped = reached(store, kept[0].parent.name)
+    assert stopped is not None
+    assert 0 < stopped.step < 250
     code, _, err = run(*words, "--out", "parts")
     assert code == 0
-    assert f"resumed at step {reached['step']}" in err
+    assert f"resumed at step {stopped.step}" in err
     assert run(*words, "--out", "whole")[0] == 0
     assert records("parts").equals(records("whole"))
     states = [store.state(kept[0].parent.name) for store in (Store("parts"), Store("whole"))]

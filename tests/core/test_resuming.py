@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import checkpoint, minibatches, training
+from harness import checkpoint, minibatches, players, training
 from harness import clock as clock_module
 from harness.checkpoint import StoredCheckpoint
 from harness.clock import Clock
@@ -162,7 +162,7 @@ def test_a_budget_of_seconds_counts_those_of_all_runs(base: Any, now: list[float
             return super().losses(modules, x, noise)
 
         def build(self, view: TrainingView) -> Modules:
-            now[0] += 500.0 if store.checkpoint_facts("job") else 0.0
+            now[0] += 500.0 if store.checkpoint_path("job").exists() else 0.0
             return super().build(view)
 
     class SlowStore(Store):
@@ -178,19 +178,19 @@ def test_a_budget_of_seconds_counts_those_of_all_runs(base: Any, now: list[float
 
 
 FORGETFUL = {
-    "parameters": ("_Owned", "load_state_dict", 'self.flat.copy_(state["flat"])', "pass"),
+    "parameters": ("Owned", "load_state_dict", 'self.flat.copy_(state["flat"])', "pass"),
     "Adam": (
-        "_Owned", "load_state_dict",
+        "Owned", "load_state_dict",
         'self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": {0: moments}})', "pass",
     ),
-    "Adam's steps": ("_Owned", "load_state_dict", "tensor for name, tensor in state.items() if name !=",
+    "Adam's steps": ("Owned", "load_state_dict", "tensor for name, tensor in state.items() if name !=",
                      "tensor * (name != 'step') for name, tensor in state.items() if name !="),
-    "noise": ("_NoiseStreams", "load_state_dict", "stream.set_state(state[name])", "pass"),
+    "noise": ("NoiseStreams", "load_state_dict", "stream.set_state(state[name])", "pass"),
     "one kind of noise": (
-        "_NoiseStreams", "load_state_dict", "stream.set_state(state[name])",
+        "NoiseStreams", "load_state_dict", "stream.set_state(state[name])",
         'stream.set_state(state[name]) if name == "eps" else None',
     ),
-    "buffers": ("_Buffers", "load_state_dict", "buffer.copy_(state[name])", "pass"),
+    "buffers": ("Buffers", "load_state_dict", "buffer.copy_(state[name])", "pass"),
     "pending scalars": (
         "_Loop", "resume", 'self.pending = list(state.tensors["pending"].to(self.run.device))', "pass",
     ),
@@ -214,7 +214,7 @@ def test_a_resumption_that_forgets_something_is_noticed(
     forgotten: str, mutated: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     owner, method, text, by = FORGETFUL[forgotten]
-    module = {"Minibatches": minibatches, "StoredCheckpoint": checkpoint}.get(owner, training)
+    module = {"Minibatches": minibatches, "StoredCheckpoint": checkpoint, "_Loop": training}.get(owner, players)
     forgetful = mutated(module, text, by)
     monkeypatch.setattr(getattr(module, owner), method, getattr(getattr(forgetful, owner), method))
     trained = Drifting(batch_size=8) if forgotten == "buffers" else TWO_STEPS
@@ -255,8 +255,8 @@ def test_a_checkpoint_is_due_every_minute_and_costs_little(
     """Where a minute's checkpoint would cost more than half a per cent, it is due later."""
     steps: list[int] = []
 
-    def written(self: Store, job_id: str, tensors: Any, facts: Any) -> None:
-        steps.append(facts["step"])
+    def written(self: Store, job_id: str, content: bytes) -> None:
+        steps.append(int(now[0] - write * len(steps)))  # one step a second
         now[0] += write
 
     def moved(modules: Modules) -> None:
