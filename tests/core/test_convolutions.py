@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -36,7 +37,9 @@ def bits(n: int, size: tuple[int, int] = (9, 13)) -> Tensor:
     return (randn(n, *size, seed=1) > 0).double()
 
 
-def decoder(size: tuple[int, int] = (9, 13), strides: tuple[int, ...] = (1, 2, 2), dense: int = 6) -> nn.Module:
+def decoder(
+    size: tuple[int, int] = (9, 13), strides: tuple[int, ...] = (1, 2, 2), dense: int = 6
+) -> ConvolutionalDecoder:
     return ConvolutionalDecoder(2, size, CHANNELS, strides, dense, "softplus").double()
 
 
@@ -112,8 +115,8 @@ def test_what_is_injected_enters_at_every_convolution() -> None:
     """A layer's own part matters; nothing injected is the trunk without injection; each part starts Glorot-uniform."""
     network, x, eps = trunk(), bits(4), randn(5, 4, 3)
     features = network(x, eps)
-    for layer in network.injections:
-        weight = layer.weight.detach()
+    for parameter in network.injections.parameters():
+        weight = parameter.detach()
         assert float(weight.abs().max()) <= (6 / sum(weight.shape)) ** 0.5
         kept = weight.clone()
         weight.zero_()
@@ -148,9 +151,8 @@ def test_a_decoders_first_map_is_the_image_in_small(stride: int, rows: slice, co
     """What one place of the first map says is seen around the same place of the image."""
     network = ConvolutionalDecoder(1, (9, 13), (2,), (stride,), 0, "tanh").double()
     _, _, width = network.smallest
-    only = torch.zeros_like(network.dense.layers[0].weight)
-    only[3 * width + 5] = 1
-    network.dense.layers[0].weight.data.mul_(only)
+    weight = network.get_parameter("dense.layers.0.weight").detach()
+    weight *= (torch.arange(len(weight)) == 3 * width + 5)[:, None]
     changed = (network(randn(1)) != network(randn(1, seed=5))).reshape(9, 13)
     expected = torch.zeros(9, 13, dtype=torch.bool)
     expected[rows, columns] = True
@@ -201,8 +203,8 @@ def rows_of() -> Callable[[nn.Module], list[int]]:
 @torch.no_grad()
 def test_pieces_change_nothing(rows_of: Callable[[nn.Module], list[int]]) -> None:
     x, z, eps = bits(7), randn(5, 7, 2), randn(5, 7, 3)
-    for make, *inputs in ((decoder, z), (trunk, x, eps), (lambda: trunk(injected=0), x)):
-        network = make()
+    cases: list[Any] = [(decoder(), z), (trunk(), x, eps), (trunk(injected=0), x)]
+    for network, *inputs in cases:
         rows, whole = rows_of(network.convolutions[-1]), network(*inputs)
         assert len(rows) == 1
         for piece in (1, 3, 7, 14, 35):
@@ -252,6 +254,7 @@ def small_model(channels: int = 16) -> DecoderModel:
 def test_many_latents_are_decoded_within_bounded_memory(peak: Callable[[Callable[[], object]], int]) -> None:
     """Only the images grow with the latents: their pieces, and these joined. A single map of all would be far more."""
     network, latents = small_model().decoder, (200, 400)
+    assert isinstance(network, ConvolutionalDecoder)
     network.piece = 20
     few, many = (peak(lambda n=n: network(randn(n, 8).float())) for n in latents)
     images, largest_map = ([4 * n * 144 * channels for n in latents] for channels in (1, 16))
