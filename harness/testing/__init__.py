@@ -15,10 +15,11 @@ from harness.testing.laws import ConformanceError, check_options
 from harness.testing.methods import check_method
 from harness.testing.posteriors import check_posterior
 from harness.testing.problems import check_dataset, check_problem
-from harness.testing.small import SmallProblem
+from harness.testing.small import SmallPosterior, SmallProblem
 
 __all__ = [
     "ConformanceError",
+    "SmallPosterior",
     "SmallProblem",
     "check_dataset",
     "check_evaluator",

@@ -14,7 +14,7 @@ from harness.method import Fit, Method
 from harness.problem import Problem, placed
 from harness.testing.laws import check_options, require, require_equal, untouched
 from harness.testing.methods import trial
-from harness.testing.small import SmallProblem, known_fit, view_of
+from harness.testing.small import SmallPosterior, SmallProblem, known_fit, view_of
 
 
 def check_evaluator(evaluator: Evaluator, method: Method | None = None, problem: Problem | None = None) -> None:
@@ -22,14 +22,21 @@ def check_evaluator(evaluator: Evaluator, method: Method | None = None, problem:
 
     Args:
         method: Whose fit to measure; unless given, a fit whose posterior has every capability.
-        problem: Unless given, `SmallProblem`.
+        problem: Unless given, `SmallProblem`, and where no method is given `SmallPosterior` too: whatever an evaluator
+            needs, a method's fit or a model's exact answers, it finds on one of them.
 
     Raises:
         ConformanceError: If a law does not hold.
     """
     check_options(evaluator, Evaluator)
-    problem = problem or SmallProblem()
-    fit = trial(method, problem).fit if method else known_fit(view_of(problem))
+    if method:
+        _check_on(evaluator, trial(method, problem or SmallProblem()).fit, problem or SmallProblem())
+        return
+    for where in [problem] if problem else [SmallProblem(), SmallPosterior()]:
+        _check_on(evaluator, known_fit(view_of(where)), where)
+
+
+def _check_on(evaluator: Evaluator, fit: Fit, problem: Problem) -> None:
     reason = evaluator.undefined(fit, problem)
     require(reason is None or bool(reason.strip()), f"{evaluator.name}: undefined without a reason")
     if reason is not None:
