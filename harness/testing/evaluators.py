@@ -14,7 +14,7 @@ from harness.method import Fit, Method
 from harness.problem import Problem, placed
 from harness.testing.laws import check_options, require, require_equal, untouched
 from harness.testing.methods import trial
-from harness.testing.small import SmallProblem, known_fit, problem_for, view_of
+from harness.testing.small import SmallPosteriorProblem, SmallProblem, known_fit, problem_for, view_of
 
 
 def check_evaluator(evaluator: Evaluator, method: Method | None = None, problem: Problem | None = None) -> None:
@@ -22,14 +22,22 @@ def check_evaluator(evaluator: Evaluator, method: Method | None = None, problem:
 
     Args:
         method: Whose fit to measure; unless given, a fit whose posterior has every capability.
-        problem: Unless given, `SmallProblem`, or `SmallPosteriorProblem` if the method is unfit for that.
+        problem: Unless given, `SmallProblem` for a method that is fit for it, else `SmallPosteriorProblem`; and both where
+            no method is given: whatever an evaluator needs, it finds on one of them.
 
     Raises:
         ConformanceError: If a law does not hold.
     """
     check_options(evaluator, Evaluator)
-    problem = problem or (problem_for(method) if method else SmallProblem())
-    fit = trial(method, problem).fit if method else known_fit(view_of(problem))
+    if method:
+        problem = problem or problem_for(method)
+        _check_on(evaluator, trial(method, problem).fit, problem)
+        return
+    for where in [problem] if problem else [SmallProblem(), SmallPosteriorProblem()]:
+        _check_on(evaluator, known_fit(view_of(where)), where)
+
+
+def _check_on(evaluator: Evaluator, fit: Fit, problem: Problem) -> None:
     reason = evaluator.undefined(fit, problem)
     require(reason is None or bool(reason.strip()), f"{evaluator.name}: undefined without a reason")
     if reason is not None:

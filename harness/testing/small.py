@@ -1,14 +1,19 @@
-"""A problem that is small enough for checks, and a fit of it whose posterior has every capability."""
+"""Problems that are small enough for checks, and a fit of them whose posterior has every capability.
+
+`SmallProblem` has many observations and a model to learn; `SmallPosteriorProblem` has one observation and a model that
+is known, and of which everything is known exactly.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
-from torch.distributions import MultivariateNormal
 
 from harness.method import Fit, Method
 from harness.model import LatentModel, log_normal
@@ -42,58 +47,93 @@ class SmallProblem(Problem):
         )
 
 
-class SmallPosteriorModel(LatentModel):
-    """z = m + L eps and x = W z + noise, both standard normal: a prior that is none of the usual ones, all known."""
+class TwoModes(LatentModel):
+    r"""A fixed model whose posterior is a mixture of two Gaussians: all that can be known of a model is known of it.
 
-    latent_dim = 2
-    prior_mean: Tensor
-    prior_factor: Tensor
-    weight: Tensor
+    .. math:: p(z) = \tfrac12 \sum_{s = \pm 1} N(z; s c, I), \quad p(x|z) = N(x; z, I), \quad c = (2, 2, ...),
 
-    def __init__(self) -> None:
+    hence p(z|x) = sum_s w_s N(z; (x + s c)/2, I/2), with weights in the ratio of N(x; s c, 2 I).
+
+    Args:
+        observed: The one observation whose modes are told, D numbers.
+    """
+
+    centres: Tensor
+
+    def __init__(self, observed: Sequence[float]) -> None:
         super().__init__()
-        constants = {"prior_mean": [1.0, -0.5], "prior_factor": [[1.5, 0.0], [0.4, 0.8]]}
-        constants |= {"weight": [[1.0, 0.5], [0.0, 1.0], [0.5, -1.0]]}
-        for name, values in constants.items():
-            self.register_buffer(name, torch.tensor(values, dtype=torch.float64))
+        self.latent_dim = len(observed)
+        self.register_buffer("centres", torch.tensor([[-2.0], [2.0]]).expand(2, self.latent_dim).clone())
+        weights, means = self._components(torch.tensor([observed]))
+        along = means.sum(-1) / math.sqrt(0.5 * self.latent_dim)  # in standard deviations of that sum
+        upper = float((weights * torch.special.ndtr(along)).sum())
+        self.mode_weights = {"lower": 1 - upper, "upper": upper}
 
     def sample_prior(self, n: int, generator: torch.Generator) -> Tensor:
-        like = {"device": self.prior_mean.device, "dtype": self.prior_mean.dtype}
-        return self.prior_mean + torch.randn(n, self.latent_dim, generator=generator, **like) @ self.prior_factor.T
+        which = torch.randint(2, (n,), generator=generator, device=generator.device)
+        return self.centres[which] + self._noise((n, self.latent_dim), generator)
 
     def log_prior(self, z: Tensor) -> Tensor:
-        whitened = (z - self.prior_mean) @ torch.linalg.inv(self.prior_factor).T
-        return log_normal(whitened) - self.prior_factor.diagonal().log().sum()
+        return log_normal(z[..., None, :], self.centres).logsumexp(-1) - math.log(2)
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        return log_normal(x, z @ self.weight.T)
+        return log_normal(x, z)
+
+    def sample_observation(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        return z + self._noise(z.shape, generator)
+
+    def mean(self, z: Tensor) -> Tensor:
+        return z
 
     def log_evidence(self, x: Tensor) -> Tensor:
-        factor = self.weight @ self.prior_factor
-        covariance = factor @ factor.T + torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-        return MultivariateNormal(self.weight @ self.prior_mean, covariance).log_prob(x)
+        return self._log_evidences(x).logsumexp(-1) - math.log(2)
 
-    def exact_posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        prior_precision = torch.cholesky_inverse(self.prior_factor)
-        covariance = torch.linalg.inv(prior_precision + self.weight.T @ self.weight)
-        return (prior_precision @ self.prior_mean + x @ self.weight) @ covariance, covariance
+    def sample_exact_posterior(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        weights, means = self._components(x)
+        which = torch.rand((n, len(x), 1), generator=generator, device=x.device, dtype=x.dtype) < weights[:, 1:]
+        centres = torch.where(which, means[:, 1], means[:, 0])
+        return centres + math.sqrt(0.5) * self._noise(centres.shape, generator).to(x)
+
+    def quantities(self, z: Tensor) -> dict[str, Tensor]:
+        return {f"z{i + 1}": z[..., i] for i in range(self.latent_dim)}
+
+    def exact_moments(self, x: Tensor) -> dict[str, tuple[float, float]]:
+        weights, means = (part[0].double() for part in self._components(x))
+        mean = weights @ means
+        sd = (0.5 + weights @ means.square() - mean.square()).sqrt()
+        return {f"z{i + 1}": (float(mean[i]), float(sd[i])) for i in range(self.latent_dim)}
+
+    def mode_of(self, z: Tensor) -> Tensor:
+        return (z.sum(-1) > 0).long()
+
+    def _log_evidences(self, x: Tensor) -> Tensor:
+        """log p(x|s), shape (N, 2)."""
+        return log_normal(x[:, None], self.centres.to(x), 0.5 * math.log(2))
+
+    def _components(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (N, 2) and means (N, 2, D) of the posterior."""
+        return self._log_evidences(x).softmax(-1), (x[:, None] + self.centres.to(x)) / 2
+
+    def _noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        return torch.randn(shape, generator=generator, device=generator.device, dtype=self.centres.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SmallPosteriorProblem(PosteriorProblem):
-    """One observation of three numbers and a Gaussian posterior in two dimensions."""
+    """One observation of a known model, whose posterior has a mode with seven tenths and one with three."""
 
     name: str = "small-posterior"
+    observed: tuple[float, ...] = (0.5, -0.08)
     width: PositiveInt = 8
     depth: PositiveInt = 1
     pair_width: PositiveInt = 8
     pair_depth: PositiveInt = 1
 
     def observation(self) -> np.ndarray:
-        return np.array([2.0, -0.3, 1.1])
+        return np.array(self.observed)
 
     def target(self) -> LatentModel:
-        return SmallPosteriorModel()
+        return TwoModes(self.observed)
 
 
 def problem_for(method: Method) -> Problem:

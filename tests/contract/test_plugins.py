@@ -90,8 +90,9 @@ def test_dataset(dataset: Dataset) -> None:
 
 
 SMALL = {
-    "observations": 8, "samples": 20, "temperatures": 5, "leapfrog": 2, "steps": 10, "discriminator_steps": 10,
-    "width": 16, "components": 20, "repetitions": 2, "validation": 4, "evaluation_samples": 20,
+    "observations": 8, "samples": 40, "temperatures": 5, "leapfrog": 2, "steps": 10, "discriminator_steps": 10,
+    "width": 16, "components": 20, "repetitions": 2, "validation": 4, "evaluation_samples": 20, "draws": 40,
+    "epochs": 5,
 }  # fmt: skip
 
 
