@@ -22,8 +22,8 @@ def check_evaluator(evaluator: Evaluator, method: Method | None = None, problem:
 
     Args:
         method: Whose fit to measure; unless given, a fit whose posterior has every capability.
-        problem: Unless given, `SmallProblem` for a method that is fit for it, else `SmallPosteriorProblem`; and both where
-            no method is given: whatever an evaluator needs, it finds on one of them.
+        problem: Unless given, `SmallProblem` for a method that is fit for it, else `SmallPosteriorProblem`; and both
+            where no method is given: whatever an evaluator needs, it finds on one of them.
 
     Raises:
         ConformanceError: If a law does not hold.
