@@ -27,12 +27,17 @@ class LogRatio(nn.Module):
     """T(x, z) = network + |z|^2/2: the network has to learn log q up to a constant, not log q - log p.
 
     x (N, *E) and z (..., N, D) -> (..., N), nats.
+
+    Args:
+        quadratic: Whether |z|^2/2 is added; else T is the network alone.
     """
 
-    def __init__(self, trunk: Trunk) -> None:
+    def __init__(self, trunk: Trunk, *, quadratic: bool = True) -> None:
         super().__init__()
         self.trunk = trunk
         self.head = linear(trunk.features, 1)
+        self.quadratic = quadratic
 
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
-        return self.head(self.trunk(x, z)).squeeze(-1) + 0.5 * z.square().sum(-1)
+        t = self.head(self.trunk(x, z)).squeeze(-1)
+        return t + 0.5 * z.square().sum(-1) if self.quadratic else t

@@ -81,7 +81,8 @@ class ContrastEncoder(nn.Module, ABC):
 
 def fixed_noise(draws: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Standard normal draws (draws, *shape), the same in every process and, drawn on the CPU, on every device."""
-    return torch.randn((draws, *shape), generator=generator(torch.device("cpu"), "adaptive contrast")).to(like)
+    stream = generator(torch.device("cpu"), "adaptive contrast")
+    return torch.randn((draws, *shape), generator=stream, dtype=torch.float32).to(like)
 
 
 def _moments(draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,15 +118,16 @@ class BasisEncoder(ContrastEncoder):
 
     .. math:: E[z|x] = z_0(x) + \sum_i a_i(x) E[v_i], \quad Var[z|x] = \sum_i a_i(x)^2 Var[v_i]
 
-    with a_i = ELU(linear + offset) + 1 > 0 and z_0 linear, zero at first. The v_i do not depend on x: a minibatch has
-    as many draws of each as it has observations.
+    with a_i = ELU(linear + offset) + 1 > 0 and z_0 linear. The v_i do not depend on x: a minibatch has as many draws of
+    each as it has observations. The released code starts z_0 at almost zero (standard deviation 1e-5), the same for all
+    x, from where short runs lose their latents; here its weights are like all others.
     """
 
     def __init__(self, trunk: Trunk, basis: BasisNetworks, latent_dim: int, offset: float, floor: float) -> None:
         super().__init__()
         self.trunk, self.basis, self.eps_shape = trunk, basis, basis.eps_shape
         self.offset, self.floor = offset, floor
-        self.centre = linear(trunk.features, latent_dim, zero=True)
+        self.centre = linear(trunk.features, latent_dim)
         self.amplitude = linear(trunk.features, self.eps_shape[0] * latent_dim)
 
     def forward(self, x: Tensor, eps: Tensor) -> Tensor:
@@ -227,6 +229,8 @@ class AVBAC(GradientMethod):
             starts too narrow for short runs.
         moment_draws: Draws for the moments of an injected encoder, at every step.
         scale_floor: Standard deviation whose square is added to every variance of r(z|x).
+        quadratic: The adversary is a network plus |zn|^2/2, as in the released code, so that the network learns the log
+            density of q's shape; else the network alone, which learns log q - log r: a constant where q is Gaussian.
         lr, adversary_lr: Learning rates of Adam for encoder with decoder, and for the adversary.
         adversary_steps: Adversary updates per primal update; those after the first see fresh batches.
         beta1: Adam's decay rate of the first moment, of both players.
@@ -245,9 +249,10 @@ class AVBAC(GradientMethod):
     offset: float = -2.0
     moment_draws: Annotated[int, Field(ge=2)] = 16
     scale_floor: PositiveFloat = 1e-2
+    quadratic: bool = True
     batch_size: Annotated[int, Field(ge=2)] = 128
-    lr: PositiveFloat = 1e-3
-    adversary_lr: PositiveFloat = 2e-3
+    lr: PositiveFloat = 2e-3
+    adversary_lr: PositiveFloat = 4e-3
     adversary_steps: PositiveInt = 1
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.5
     kl_warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -257,7 +262,7 @@ class AVBAC(GradientMethod):
             {
                 "model": view.model,
                 "encoder": self._encoder(view),
-                "adversary": LogRatio(view.pair_trunk()),
+                "adversary": LogRatio(view.pair_trunk(), quadratic=self.quadratic),
                 "kl_weight": KLWeight(),
             }
         )

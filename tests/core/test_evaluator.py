@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -24,6 +24,7 @@ from harness.planning import PlannedJob, resolve
 from harness.problem import Problem, placed, source_hash
 from harness.store import Store
 from harness_plugins.four_points import FourPoints
+from harness_plugins.vae import VAE
 
 SMALL: dict[str, Any] = {"methods": "vae", "problems": "four-points", "seeds": 2, "budget": "steps=5"}
 CPU = torch.device("cpu")
@@ -200,6 +201,28 @@ def test_an_edit_of_a_module_that_an_evaluator_names_makes_its_numbers_stale_and
     assert depending != plain
     assert keys() == (depending, plain)
     path.write_text("STEPS = 4\n")
+    edited, same = keys()
+    assert edited != depending
+    assert same == plain
+
+
+def test_an_edit_of_a_module_that_a_method_names_makes_its_fits_stale_and_no_others(tmp_path: Path) -> None:
+    path = tmp_path / "networks_of_mine.py"
+    path.write_text("WIDTH = 3\n")
+    module = imported(path)
+
+    class Depending(VAE):
+        modules: ClassVar[tuple[ModuleType, ...]] = (module,)
+
+    class Plain(VAE):
+        """In the same file."""
+
+    def keys() -> tuple[str, str]:
+        source_hash.cache_clear()  # as in a new process
+        return replace(job(), method=Depending()).job_id, replace(job(), method=Plain()).job_id
+
+    depending, plain = keys()
+    path.write_text("WIDTH = 4\n")
     edited, same = keys()
     assert edited != depending
     assert same == plain

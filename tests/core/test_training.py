@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from harness import clock as clock_module
+from harness import training
 from harness.clock import Clock
 from harness.method import Budget, CurvePoint, Diverged, Fit, Run
 from harness.minibatches import Minibatches
@@ -156,6 +157,36 @@ def test_further_steps_leave_the_shared_minibatches_alone() -> None:
 
 def test_a_budget_of_examples_is_rounded_up_to_whole_steps() -> None:
     assert fitted(VAE(batch_size=8), "examples=17")[0].steps == 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheduled(VAE):
+    """A VAE whose encoder knows the part of the budget that is spent."""
+
+    def build(self, view: TrainingView) -> Modules:
+        modules = super().build(view)
+        modules["encoder"].register_buffer("spent", torch.zeros((), dtype=DOUBLE), persistent=False)
+        return modules
+
+    def schedule(self, modules: Modules, fraction: float) -> None:
+        modules["encoder"].spent.fill_(fraction)
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        losses = super().losses(modules, x, noise)
+        return {name: loss + 1000 * modules["encoder"].spent for name, loss in losses.items()}
+
+
+def test_a_schedule_knows_the_part_of_the_budget_that_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before step k of n it is (k - 1)/n, whatever the budget counts; never known while convergence decides."""
+    monkeypatch.setattr(training, "LOG_EVERY", 1)
+    monkeypatch.setattr(training, "CONVERGENCE_CHECK_STEPS", 2)
+    for budget in ("steps=5", "examples=40"):
+        _, plain = fitted(VAE(batch_size=8), budget)
+        _, run = fitted(Scheduled(batch_size=8), budget)
+        added = [a.objective - b.objective for a, b in zip(run.curve, plain.curve, strict=True)]
+        assert added == pytest.approx([0, 200, 400, 600, 800], abs=1e-9)
+    _, run = fitted(Scheduled(batch_size=8), "converged=1")
+    assert max(point.objective for point in run.curve) < 100
 
 
 @pytest.fixture

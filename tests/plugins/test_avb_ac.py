@@ -1,0 +1,365 @@
+"""Laws of adaptive contrast: moments in closed form, one scale, an estimate that is exact where the adversary is."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import harness
+from harness import training
+from harness.adversarial import LogRatio
+from harness.clock import Clock
+from harness.method import Budget, Run
+from harness.model import DecoderModel, log_normal
+from harness.nn import MLP, Trunk
+from harness.options import UserError
+from harness.problem import placed
+from harness.seeding import Streams
+from harness.testing import SmallProblem, check_method
+from harness.testing.small import view_of
+from harness.training import Modules, Noise
+from harness_plugins import avb_ac
+from harness_plugins.avb_ac import AVBAC, AdaptiveContrastPosterior, BasisEncoder, BasisNetworks, Contrast
+from harness_plugins.exact import quadrature
+from harness_plugins.four_points import FourPoints
+
+CPU, DOUBLE = torch.device("cpu"), torch.float64
+STANDARD_ERRORS = 4
+SMALL: dict[str, Any] = {"nbasis": 3, "noise_dim": 2, "basis_width": 8}
+GAUSSIAN: dict[str, Any] = {"nbasis": 1, "noise_dim": 2, "basis_depth": 0, "scale_floor": 0.3}
+
+
+def built(method: AVBAC, seed: int = 3) -> tuple[Modules, Tensor]:
+    """Modules with random weights, and the observations of the small problem."""
+    view = view_of(SmallProblem())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        modules = method.build(view).double()
+    return modules.requires_grad_(False), view.validation
+
+
+def noise_of(method: AVBAC, n: int, generator: torch.Generator) -> Noise:
+    shapes = method.noise(view_of(SmallProblem()))
+    return {name: torch.randn((n, *shape), generator=generator, dtype=DOUBLE) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("options", [{"encoder": "injected", "moment_draws": 4}, {**SMALL, "kl_warmup": 0.5}])
+@pytest.mark.parametrize("latent_dim", [1, 3])
+def test_conformance_of_other_options(options: dict[str, Any], latent_dim: int) -> None:
+    check_method(AVBAC(**options), SmallProblem(latent_dim=latent_dim))
+
+
+def test_basis_networks_are_separate_networks_of_their_own_noise(generator: torch.Generator) -> None:
+    """The batched product equals one MLP after another, in any number of leading axes."""
+    basis = BasisNetworks(3, 4, 2, 8, 2).double().requires_grad_(False)
+    for bias in basis.biases:
+        bias.copy_(torch.randn(bias.shape, generator=generator, dtype=DOUBLE))
+    eps = torch.randn(5, 6, 3, 4, generator=generator, dtype=DOUBLE)
+    together = basis(eps)
+    for i in range(3):
+        alone = MLP(4, 2, 8, 2, "elu").double()
+        for layer, weight, bias in zip(alone.layers, basis.weights, basis.biases, strict=True):
+            layer.load_state_dict({"weight": weight[i].T, "bias": bias[i, 0]})
+        torch.testing.assert_close(together[:, :, i], alone(eps[:, :, i]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(basis(eps[0]), together[0], rtol=0, atol=1e-12)
+
+
+def test_moments_are_those_of_all_combinations_of_the_minibatchs_draws(generator: torch.Generator) -> None:
+    """The v_i are independent of each other: mean and variance are over every choice of a draw of each."""
+    modules, x = built(AVBAC(**SMALL))
+    encoder, x, eps = modules["encoder"], x[:4], noise_of(AVBAC(**SMALL), 4, generator)["eps"]
+    combined = torch.stack([eps[list(rows), torch.arange(3)] for rows in itertools.product(range(4), repeat=3)])
+    z = encoder(x, combined[:, None].expand(-1, len(x), -1, -1))
+    _, contrast = encoder.contrasted(x, {"eps": eps})
+    torch.testing.assert_close(contrast.mean, z.mean(0), rtol=0, atol=1e-12)
+    sd = (z.var(0, correction=0) + 1e-2**2).sqrt()
+    torch.testing.assert_close(contrast.log_sd, sd.log(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [SMALL, {"encoder": "injected"}])
+def test_reference_moments_are_those_of_the_posteriors_draws(
+    options: dict[str, Any], generator: torch.Generator
+) -> None:
+    """Both have errors; those of the reference are no larger than those of as many draws of z."""
+    method = AVBAC(**options, scale_floor=1e-6)
+    modules, x = built(method)
+    posterior = method.posterior(modules)
+    assert isinstance(posterior, AdaptiveContrastPosterior)
+    contrast, z = posterior.contrast(x), posterior.sample(x, 20_000, generator)
+    draws = avb_ac.BASIS_DRAWS if method.encoder == "basis" else avb_ac.INJECTED_DRAWS
+    error = (1 / len(z) + 1 / draws) ** 0.5
+    squared = (z - z.mean(0)).square()
+    of_mean = (contrast.mean - z.mean(0)).abs() / (z.std(0) * error)
+    of_variance = (torch.exp(2 * contrast.log_sd) - squared.mean(0)).abs() / (squared.std(0) * error)
+    # 32 numbers, whose errors are correlated: the largest exceeds four once in five hundred times at most.
+    assert float(of_mean.max()) < STANDARD_ERRORS
+    assert float(of_variance.max()) < STANDARD_ERRORS
+
+
+class ShiftedPrior(DecoderModel):
+    """No standard normal prior."""
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        return log_normal(z, 1.5, math.log(2))
+
+
+class Optimal(nn.Module):
+    """The adversary's optimum where q(z|x) is Gaussian, from q's moments and those that it was normalised with."""
+
+    def __init__(self, moments: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.moments = moments
+        self.contrast: Callable[[Tensor], Contrast]
+
+    def forward(self, x: Tensor, zn: Tensor) -> Tensor:
+        (mean, sd), contrast = self.moments(x), self.contrast(x)
+        scale = torch.exp(contrast.log_sd)
+        return log_normal(zn, (mean - contrast.mean) / scale, (sd / scale).log()) - log_normal(zn)
+
+
+def gaussian(generator: torch.Generator, **options: Any) -> tuple[AVBAC, Modules, Tensor, Optimal]:
+    """A method whose q is a Gaussian with independent dimensions, with the optimal adversary and another prior."""
+    method = AVBAC(**{**GAUSSIAN, **options})
+    modules, x = built(method)
+    encoder = modules["encoder"]
+    assert isinstance(encoder, BasisEncoder)
+    weight, bias = encoder.basis.weights[0], encoder.basis.biases[0]
+    weight.copy_(torch.diag(torch.tensor([0.8, 1.7], dtype=DOUBLE)))
+    bias.copy_(torch.randn(bias.shape, generator=generator, dtype=DOUBLE))
+
+    def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+        centre, amplitude = encoder._heads(x)
+        return centre + amplitude[:, 0] * bias[0, 0], amplitude[:, 0] * weight[0].diagonal()
+
+    modules["model"].__class__ = ShiftedPrior
+    optimal = Optimal(moments)
+    modules["adversary"] = optimal
+    return method, modules, x, optimal
+
+
+def error_of_the_log_ratio(generator: torch.Generator) -> float:
+    method, modules, x, optimal = gaussian(generator)
+    posterior = method.posterior(modules)
+    assert isinstance(posterior, AdaptiveContrastPosterior)
+    optimal.contrast = posterior.contrast
+    z = posterior.sample(x, 5, generator)
+    mean, sd = optimal.moments(x)
+    exact = log_normal(z, mean, sd.log()) - log_normal(z, 1.5, math.log(2))
+    return float((posterior.log_ratio(x, z) - exact).abs().max())
+
+
+def error_of_the_objective(generator: torch.Generator, *, training: bool) -> float:
+    method, modules, x, optimal = gaussian(generator)
+    modules.train(training)
+    noise, encoder = noise_of(method, len(x), generator), modules["encoder"]
+    optimal.contrast = (lambda x: encoder.contrasted(x, noise)[1]) if training else encoder.reference()
+    z = encoder(x, noise["eps"])
+    mean, sd = optimal.moments(x)
+    exact = log_normal(z, mean, sd.log()) - log_normal(z, 1.5, math.log(2)) - modules["model"].log_likelihood(x, z)
+    return float((method.losses(modules, x, noise)["negative_elbo"] - exact.mean()).abs())
+
+
+def test_with_the_optimal_adversary_the_estimate_is_exact(generator: torch.Generator) -> None:
+    """Whatever the floor (0.3 here), the prior and the errors of the moments: log q - log p, to rounding."""
+    assert error_of_the_log_ratio(generator) < 1e-10
+    assert error_of_the_objective(generator, training=True) < 1e-10
+    assert error_of_the_objective(generator, training=False) < 1e-10
+
+
+class TwoScales(Contrast):
+    """The released code: the floor is in the normalisation, not in log r."""
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        variance = torch.exp(2 * self.log_sd) - GAUSSIAN["scale_floor"] ** 2
+        return -0.5 * (self.normalised(z).square() + variance.log() + math.log(2 * math.pi)).sum(-1)
+
+
+class BareNormalisation(Contrast):
+    """The other way round."""
+
+    def normalised(self, z: Tensor) -> Tensor:
+        variance = torch.exp(2 * self.log_sd) - GAUSSIAN["scale_floor"] ** 2
+        return (z - self.mean) / variance.sqrt()
+
+
+@pytest.mark.parametrize("mutant", [TwoScales, BareNormalisation])
+def test_two_scales_would_be_noticed(
+    mutant: type[Contrast], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(avb_ac, "Contrast", mutant)
+    assert error_of_the_log_ratio(generator) > 0.01
+    assert error_of_the_objective(generator, training=True) > 0.01
+
+
+class QuadraticFeature(Trunk):
+    """|z|^2 as the one feature of a pair."""
+
+    features = 1
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return z.square().sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("quadratic", [True, False])
+def test_the_adversary_has_nothing_to_learn_where_q_is_gaussian(quadratic: bool, generator: torch.Generator) -> None:
+    """T = 0, a constant, then gives KL(q || p): the network is -|zn|^2/2 with the quadratic, and zero without."""
+    method, modules, x, optimal = gaussian(generator, scale_floor=1e-6, quadratic=quadratic)
+    network = LogRatio(QuadraticFeature(), quadratic=quadratic).double().requires_grad_(False)
+    network.head.weight.fill_(-0.5 if quadratic else 0)
+    modules["adversary"] = network
+    posterior = method.posterior(modules)
+    assert isinstance(posterior, AdaptiveContrastPosterior)
+    estimates = posterior.log_ratio(x, posterior.sample(x, 20_000, generator))
+    mean, sd = optimal.moments(x)
+    q, prior = torch.distributions.Normal(mean, sd), torch.distributions.Normal(1.5, 2.0)
+    exact = torch.distributions.kl_divergence(q, prior).sum(-1)
+    # Errors of 4,096 draws in the moments move E[log r] by about D / 4096, much less than an error.
+    stderr = estimates.std(0) / len(estimates) ** 0.5
+    assert float(((estimates.mean(0) - exact).abs() / stderr).max()) < STANDARD_ERRORS
+
+
+def test_no_gradient_goes_through_the_moments(generator: torch.Generator) -> None:
+    """The primal gradient is that with m and s as constants; it would be another one through them."""
+    method = AVBAC(**SMALL)
+    modules, x = built(method)
+    noise, model, adversary = noise_of(method, len(x), generator), modules["model"], modules["adversary"]
+    encoder = modules["encoder"].requires_grad_(True)
+
+    def gradients(loss: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(loss, list(encoder.parameters())))
+
+    def loss(mean: Tensor, log_sd: Tensor) -> Tensor:
+        z = encoder(x, noise["eps"])
+        log_ratio = adversary(x, (z - mean) / log_sd.exp()) + log_normal(z, mean, log_sd) - model.log_prior(z)
+        return (log_ratio - model.log_likelihood(x, z)).mean()
+
+    _, contrast = encoder.contrasted(x, noise)
+    ours = gradients(method.losses(modules, x, noise)["negative_elbo"])
+    constant = gradients(loss(contrast.mean, contrast.log_sd))
+    for gradient, expected in zip(ours, constant, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-10)
+    centre, amplitude = encoder._heads(x)
+    variance, mean = torch.var_mean(encoder.basis(noise["eps"]), dim=0, correction=0)
+    log_sd = 0.5 * ((amplitude.square() * variance).sum(-2) + 1e-2**2).log()
+    through = gradients(loss(centre + (amplitude * mean).sum(-2), log_sd))
+    assert max(float((a - b).abs().max()) for a, b in zip(ours, through, strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize("options", [SMALL, {"encoder": "injected", "moment_draws": 4}])
+def test_in_evaluation_no_observation_has_a_part_in_anothers_objective(
+    options: dict[str, Any], generator: torch.Generator
+) -> None:
+    """Of eight observations the mean is that of two halves; in training the moments are those of the minibatch."""
+    method = AVBAC(**options)
+    modules, x = built(method)
+    noise = noise_of(method, len(x), generator)
+
+    def difference() -> float:
+        def objective(rows: slice) -> Tensor:
+            part = {name: value[rows] for name, value in noise.items()}
+            return method.losses(modules, x[rows], part)["negative_elbo"]
+
+        halves = 0.5 * (objective(slice(0, 4)) + objective(slice(4, 8)))
+        return float((halves - objective(slice(0, 8))).abs())
+
+    modules.eval()
+    assert difference() < 1e-10
+    modules.train()
+    assert (difference() > 1e-3) == (method.encoder == "basis")  # an injected encoder's are those of each x
+
+
+def test_moments_of_an_injected_encoder_are_the_same_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = AVBAC(encoder="injected")
+    modules, x = built(method)
+    whole = modules["encoder"].reference()(x)
+    monkeypatch.setattr(avb_ac, "BLOCK_ELEMENTS", 3 * avb_ac.INJECTED_DRAWS * modules["encoder"].encoder.trunk.features)
+    parts = modules["encoder"].reference()(x)
+    torch.testing.assert_close(parts.mean, whole.mean, rtol=0, atol=1e-12)
+    torch.testing.assert_close(parts.log_sd, whole.log_sd, rtol=0, atol=1e-12)
+
+
+def test_the_weight_of_the_kl_term_grows_in_training_only(generator: torch.Generator) -> None:
+    method = AVBAC(**SMALL, kl_warmup=0.4)
+    modules, x = built(method)
+    noise = noise_of(method, len(x), generator)
+
+    def objective() -> float:
+        return float(method.losses(modules, x, noise)["negative_elbo"])
+
+    full = objective()
+    method.schedule(modules, 0.0)
+    reconstruction = -float(modules["model"].log_likelihood(x, modules["encoder"](x, noise["eps"])).mean())
+    assert objective() == pytest.approx(reconstruction, abs=1e-12)
+    for fraction, weight in ((0.1, 0.25), (0.4, 1.0), (0.9, 1.0)):
+        method.schedule(modules, fraction)
+        assert objective() == pytest.approx(reconstruction + weight * (full - reconstruction), abs=1e-6)
+    modules.eval()
+    whole = objective()
+    method.schedule(modules, 0.0)
+    assert objective() == whole
+    assert not any("kl_weight" in name for name in modules.state_dict())
+
+
+def test_a_warm_up_is_part_of_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = SmallProblem()
+    monkeypatch.setattr(training, "CONVERGENCE_CHECK_STEPS", 2)
+
+    def state(method: AVBAC, budget: str) -> dict[str, Tensor]:
+        return dict(harness.fit(method, problem, budget=budget, device="cpu").state)
+
+    def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+        return all(torch.equal(a[name], b[name]) for name in a)
+
+    plain, warm = AVBAC(**SMALL), AVBAC(**SMALL, kl_warmup=1.0)
+    assert not same(state(plain, "steps=4"), state(warm, "steps=4"))
+    assert same(state(plain, "converged=1"), state(warm, "converged=1"))  # what part is spent is not known there
+
+
+def test_a_restored_fit_estimates_the_same_ratio(generator: torch.Generator) -> None:
+    problem, method = SmallProblem(), AVBAC(**SMALL)
+    fit = harness.fit(method, problem, budget="steps=5", device="cpu")
+    data = placed(problem, CPU, torch.float32)
+    restored = method.restore(problem.training_view(data, Streams(1, problem.label, "other", CPU)), fit.state)
+    z = fit.posterior.sample(data.test, 3, generator)
+    first, second = fit.posterior, restored.posterior
+    assert isinstance(first, AdaptiveContrastPosterior)
+    assert isinstance(second, AdaptiveContrastPosterior)
+    assert torch.equal(first.log_ratio(data.test, z), second.log_ratio(data.test, z))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 1}, "avb-ac: option batch_size=1: input should be greater than or equal to 2"),
+        ({"nbasis": 0}, "option nbasis=0"),
+        ({"encoder": "sum"}, "option encoder='sum': input should be 'basis' or 'injected'"),
+        ({"scale_floor": 0.0}, "option scale_floor=0.0: input should be greater than 0"),
+        ({"kl_warmup": 1.5}, "option kl_warmup=1.5"),
+    ],
+)
+def test_impossible_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        AVBAC(**options)
+
+
+def test_a_short_fit_of_the_four_points_learns() -> None:
+    """Exact log p(x) ends above that of the best model whose pixels do not depend on z, four pixels with p = 1/4."""
+    problem = FourPoints()
+    view = problem.training_view(placed(problem, CPU, torch.float32), Streams(0, problem.label, "avb-ac", CPU))
+    method = AVBAC(basis_width=32)
+
+    def log_p() -> float:
+        return float(quadrature(view.model, view.validation)[0].mean())
+
+    before = log_p()
+    run = Run(CPU, torch.float32, Budget("steps", 300), Streams(0, problem.label, "avb-ac", CPU), Clock(CPU))
+    with run.clock.phase("fit"), run.streams.initial_weights(shared=False):
+        method.fit(view, run)
+    independent = 4 * (0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    assert before < independent < log_p() < problem.optimum
