@@ -8,19 +8,12 @@ import pytest
 
 from harness.evaluator import Evaluator
 from harness.experiment import Experiment
-from harness.method import Method
-from harness.options import UserError
+from harness.method import Diverged, Method
 from harness.problem import DataError, Dataset, Problem
 from harness.registry import Registry
-from harness.testing import (
-    SmallProblem,
-    check_dataset,
-    check_evaluator,
-    check_experiment,
-    check_method,
-    check_problem,
-)
+from harness.testing import check_dataset, check_evaluator, check_experiment, check_method, check_problem
 from harness.testing.small import view_of
+from harness.training import GradientMethod
 
 REGISTRY = Registry.discover()
 
@@ -70,8 +63,12 @@ def test_method_on_problem(method: Method, problem: Problem) -> None:
     reason = method.unfit(view_of(problem))
     if reason is not None:
         assert reason.strip()
-    else:
+        return
+    try:
         check_method(method, problem)
+    except Diverged as error:  # a search for a mode, which five steps need not find; no gradient method may
+        assert not isinstance(method, GradientMethod)
+        assert str(error)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
@@ -104,10 +101,9 @@ def test_evaluator(evaluator: Evaluator) -> None:
     evaluator = replace(evaluator, **small)  # type: ignore[type-var]
     check_evaluator(evaluator)
     for provided in REGISTRY.methods.values():
-        check_evaluator(evaluator, with_few_draws(provided.thing), SmallProblem())
+        check_evaluator(evaluator, with_few_draws(provided.thing))
 
 
-@pytest.mark.xfail(raises=UserError, strict=True, reason="some names are of plugins that are still to come")
 @pytest.mark.parametrize("experiment", things("experiments"))
 def test_experiment(experiment: Experiment) -> None:
     check_experiment(experiment)
