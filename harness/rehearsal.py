@@ -7,10 +7,12 @@ from collections.abc import Iterator
 import pandas as pd
 
 from harness.experiment import Experiment, Scale, Suite
+from harness.options import UserError
 from harness.record import COLUMNS
 
 SEEDS = (0, 1)
 SECONDS, STEPS = 1.5, 10
+MOST_SUITES = 100
 
 
 def rehearse(experiment: Experiment, scale: Scale, status: str = "ok") -> Iterator[list[Suite]]:
@@ -18,15 +20,19 @@ def rehearse(experiment: Experiment, scale: Scale, status: str = "ok") -> Iterat
 
     Args:
         status: How every fit ends. The budget of a suite that depends on such results means nothing.
+
+    Raises:
+        UserError: If there is no end to them.
     """
     done: dict[str, pd.DataFrame] = {}
-    while True:
+    while len(done) <= MOST_SUITES:
         suites = experiment.suites(scale, dict(done))
         yield suites
         following = next((suite for suite in suites if suite.name not in done), None)
         if following is None:
             return
         done[following.name] = _records(following, status)
+    raise UserError(f"experiment {experiment.name!r} has more than {MOST_SUITES} suites; does it end?")
 
 
 def _records(suite: Suite, status: str) -> pd.DataFrame:

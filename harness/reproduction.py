@@ -66,11 +66,22 @@ def reproduce(
     Raises:
         UserError: For any mistake in the arguments, before anything is run.
     """
-    return run(experiment, seeds, scale, device, out, plugins, retry, progress).records
+    made = run(
+        experiment,
+        seeds=seeds,
+        scale=scale,
+        device=device,
+        out=out,
+        plugins=plugins,
+        retry=retry,
+        progress=progress,
+    )
+    return made.records
 
 
 def run(
     experiment: str | Experiment,
+    *,
     seeds: int | str | Sequence[int] | None,
     scale: str,
     device: str,

@@ -47,6 +47,7 @@ def app(context: click.Context) -> None:
     harness compare --methods avb,vae      fit, measure, print a table
     harness list methods                   what there is
     harness show avb                       what it is, and its options
+    harness reproduce avb-toy              an experiment of a paper, the reported figures beside ours
 
     Exit codes: 0 all jobs ok or skipped, 1 some job failed, 2 a mistake in what was asked for (nothing is run),
     130 stopped before the end (the same command goes on from there).

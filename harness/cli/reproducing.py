@@ -34,7 +34,10 @@ def reproduce(
     from harness.cli.progress import shown
 
     statuses = [status.strip() for status in retry.split(",")] if retry else []
-    return _conclude(reproduction.run(name, seeds, scale, device, out, plugin, statuses, shown()))
+    made = reproduction.run(
+        name, seeds=seeds, scale=scale, device=device, out=out, plugins=plugin, retry=statuses, progress=shown()
+    )
+    return _conclude(made)
 
 
 def _conclude(made: Reproduction) -> int:

@@ -169,9 +169,10 @@ def _contrast(found: Outcome) -> list[str]:
         return [found.contrast.statement, cells.MISSING, cells.MISSING, cells.MISSING, found.verdict]
     places = cells.decimals([difference.stderr])
     margin = difference.margin + found.reach
+    error = "" if difference.one_seed else f" ± {cells.fixed(difference.stderr, places)}"
     return [
         found.contrast.statement,
-        f"{difference.value:+.{places}f} ± {cells.fixed(difference.stderr, places)}",
+        f"{difference.value:+.{places}f}{error}",
         cells.fixed(margin, places),
         str(len(difference.per_seed)),
         found.verdict,

@@ -23,6 +23,8 @@ _ASCII = str.maketrans(
     {"±": "+-", "≈": "u", "≥": ">", "≳": "s>", "≲": "s<", "→": "c", "Δ": "diff", "·": "|", "…": "...", "°": "'"}
     | {"†": "#", "‡": "##"}
 )
+_DOUBTS = (cells.EXCEEDS, cells.DOUBTED, "mixed")
+"""What notes begin with that speak of numbers which are not to be believed."""
 _HEADINGS = {"elbo": "ELBO", "kl_to_prior": "KL to\nprior", "reconstruction": "recon-\nstruction"}
 
 
@@ -175,7 +177,8 @@ def print_grids(shown: Sequence[Grid], console: Console) -> None:
     for each in shown:
         console.print(write(each.title, "bold"))
         console.print(_rich_grid(each, write))
-        _print_lines(console, write, each.notes, "yellow")
+        for note in each.notes:
+            _print_lines(console, write, [note], "yellow" if note.startswith(_DOUBTS) else "dim")
         console.print()
 
 

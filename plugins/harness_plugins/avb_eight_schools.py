@@ -30,7 +30,11 @@ TRAINED = {
     "mean-field": "mean-field",
     "full-rank": "full-rank",
 }
-OTHERS = {"laplace": "laplace", "nuts": "nuts"}
+OTHERS: dict[Scale, dict[str, str]] = {
+    "smoke": {"laplace": "laplace", "nuts": "nuts[warmup=50,draws=50]"},
+    "laptop": {"laplace": "laplace", "nuts": "nuts"},
+    "paper": {"laplace": "laplace", "nuts": "nuts[warmup=2000,draws=5000]"},
+}
 LABELS = {
     "avb": "AVB",
     "mean-field": "mean-field VI",
@@ -59,7 +63,14 @@ class AVBEightSchools(Experiment):
             Suite(name=_suite(n), problem=PROBLEM, methods=TRAINED, evaluators=EVALUATORS, budget=f"steps={n}")
             for n in STEPS[scale]
         ]
-        return [*trained, Suite(name="others", problem=PROBLEM, methods=OTHERS, evaluators=f"{EVALUATORS},chains")]
+        others = Suite(
+            name="others",
+            problem=PROBLEM,
+            methods=OTHERS[scale],
+            evaluators=f"{EVALUATORS},chains",
+            budget="steps=100" if scale == "smoke" else "",
+        )
+        return [*trained, others]
 
     def contents(self, scale: Scale) -> Contents:
         longest = STEPS[scale][-1]
@@ -88,7 +99,7 @@ def _trained(run: str, steps: int) -> Line:
     return Line(label=LABELS[run], suite=_suite(steps), run=run)
 
 
-OTHER_LINES = [Line(label=LABELS[run], suite="others", run=run) for run in OTHERS]
+OTHER_LINES = [Line(label=LABELS[run], suite="others", run=run) for run in ("laplace", "nuts")]
 
 
 def _against_training(scale: Scale) -> list[Line]:

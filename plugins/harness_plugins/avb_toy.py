@@ -119,8 +119,8 @@ def _tuning(scale: Scale) -> Tabulated:
         title="Trials",
         columns=COLUMNS[:1],
         lines=[Line(label=text, suite="trials", run=text) for text in texts],
-        about=f"What was tried: as many settings for either method, with seeds {', '.join(map(str, TRIAL_SEEDS))}, "
-        "which Table 1 does not use. The one with the highest mean log p(x) of each is in Table 1.",
+        about="What was tried: as many settings for either method, with seeds that Table 1 does not use. The best of "
+        "each method, by its mean log p(x), is in Table 1.",
     )
 
 

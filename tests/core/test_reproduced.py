@@ -251,6 +251,20 @@ def test_figures_of_others_enter_no_number() -> None:
     assert ours("-91.2") == ours("1e9") == ours("see the text")
 
 
+def test_a_quantity_that_several_evaluators_measure_is_that_of_the_one_asked_for() -> None:
+    made = two_runs(1.0)
+    for seed in range(3):
+        for evaluator, value in (("knn[samples=10]", 0.7), ("exact", 1.9)):
+            made.measure("vae", seed, np.full(N, value), metric="kl_to_posterior", evaluator=evaluator)
+    columns = [
+        Column(heading=evaluator, metrics=("kl_to_posterior",), evaluator=evaluator)
+        for evaluator in ("knn", "exact", "mmd")
+    ]
+    table = Tabulated(title="KL", columns=columns, lines=[VAE])
+    [grid] = grids(results(made, contents=Contents(tables=[table])))
+    assert [text.split()[-3 if "±" in text else -1] for text in cells(grid, "VAE")[1:4]] == ["0.700", "1.900", "-"]
+
+
 def test_a_failed_job_is_seen_in_table_and_report(tmp_path: Path) -> None:
     made = two_runs(1.0)
     made.add(made.job("vae", 3, status="failed", reason="RuntimeError: out of ideas"))
