@@ -9,6 +9,7 @@ import pytest
 from harness.evaluator import Evaluator
 from harness.experiment import Experiment
 from harness.method import Diverged, Method
+from harness.options import UserError
 from harness.problem import DataError, Dataset, Problem
 from harness.registry import Registry
 from harness.testing import check_dataset, check_evaluator, check_experiment, check_method, check_problem
@@ -66,9 +67,9 @@ def test_method_on_problem(method: Method, problem: Problem) -> None:
         return
     try:
         check_method(method, problem)
-    except Diverged as error:  # a search for a mode, which five steps need not find; no gradient method may
-        assert not isinstance(method, GradientMethod)
-        assert str(error)
+    except Diverged:
+        if isinstance(method, GradientMethod):  # others may search for a mode, which five steps need not find
+            raise
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
