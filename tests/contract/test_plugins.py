@@ -14,7 +14,6 @@ from harness.problem import DataError, Dataset, Problem
 from harness.registry import Registry
 from harness.testing import check_dataset, check_evaluator, check_experiment, check_method, check_problem
 from harness.testing.small import view_of
-from harness.training import GradientMethod
 
 REGISTRY = Registry.discover()
 
@@ -42,7 +41,7 @@ def test_no_plugin_is_broken() -> None:
     assert {"four-points", "digits", "linear-gaussian"} <= {str(parameter.id) for parameter in PROBLEMS}
 
 
-FEW = {"chains": 2, "warmup": 10, "draws": 10, "max_tree_depth": 3}
+FEW = {"chains": 2, "warmup": 10, "draws": 20, "max_tree_depth": 3}
 
 
 def with_few_draws(method: Method) -> Method:
@@ -67,8 +66,8 @@ def test_method_on_problem(method: Method, problem: Problem) -> None:
         return
     try:
         check_method(method, problem)
-    except Diverged:
-        if isinstance(method, GradientMethod):  # others may search for a mode, which five steps need not find
+    except Diverged as error:  # the loop's own word, or that a search for a mode has found none in five steps
+        if "not finite" in str(error) or "objective" in str(error):
             raise
 
 
