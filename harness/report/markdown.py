@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, cast
 from harness import statistics
 from harness.report import cells, doubts, notes, tables
 from harness.report.build import tables_of
-from harness.report.panels import FLAGS, UNTRUSTED, Entry, Panel, panels
+from harness.report.entries import FLAGS, UNTRUSTED, Entry, Panel
+from harness.report.panels import panels
 from harness.report.tables import MethodRow, Table
 from harness.statistics import Estimate, Row
 
