@@ -52,6 +52,8 @@ SIMULATED = "simulated"
 """The split of measurements on observations that were simulated from the fitted model."""
 SECOND_OPINIONS = ("implicit",)
 """Evaluators that check what a method or another evaluator says: shown for it only where there is nothing else."""
+FLOOR = "_floor"
+"""What the name of a metric ends with where exact draws have the place of a posterior's (`harness.distances`)."""
 STANDARD_ERRORS = 2.0
 DISAGREEMENT = 3.0
 """Combined standard errors beyond which two estimators of the same quantity disagree."""

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from harness import statistics
-from harness.report import checks, trust
+from harness.report import checks, distances, trust
 from harness.report.tables import COLUMNS, Issue, MethodRow, Table, TableKey
 from harness.report.trust import ValuesOf, of_seeds
 from harness.statistics import SIMULATED, Difference, Row, Spread
@@ -234,7 +234,7 @@ def _compared(table: Table, values: ValuesOf) -> Table:
         )
         for row in table.rows
     ]
-    return dataclasses.replace(table, rows=rows)
+    return dataclasses.replace(table, rows=rows, closeness=distances.judged(rows, values))
 
 
 def exceeding(row: MethodRow, values: ValuesOf) -> list[int]:

@@ -41,13 +41,13 @@ def mark(kind: str) -> str:
     return MARKS.get(kind, "?")
 
 
-def decimals(errors: Iterable[float]) -> int:
-    """Decimals for a column: two significant digits for the median error, at least one for the smallest; 1 to 4."""
+def decimals(errors: Iterable[float], most: int = 4) -> int:
+    """Decimals for a column: two significant digits for the median error, one or more for the smallest; 1 to most."""
     known = sorted(error for error in errors if math.isfinite(error) and error > 0)
     if not known:
         return 3
     median, smallest = (-math.floor(math.log10(error)) for error in (known[len(known) // 2], known[0]))
-    return min(4, max(1, median + 1, smallest))
+    return min(most, max(1, median + 1, smallest))
 
 
 def column_decimals(table: Table, column: str) -> int:

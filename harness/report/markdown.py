@@ -16,7 +16,8 @@ from harness import statistics
 from harness.options import seeds_text
 from harness.report import cells, doubts, notes, tables
 from harness.report.build import tables_of
-from harness.report.panels import FLAGS, UNTRUSTED, WARNING, Entry, Panel, panels
+from harness.report.entries import FLAGS, UNTRUSTED, WARNING, Entry, Panel
+from harness.report.panels import panels
 from harness.report.tables import MethodRow, Table
 from harness.statistics import Estimate, Row
 

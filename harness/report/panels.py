@@ -1,26 +1,19 @@
 """Tables below the main one: which log p(x) to trust, what others say of a posterior, and where its ELBO falls short.
 
-Each is a `Panel`, plain texts that terminal and Markdown lay out in their own ways.
+How far posteriors are from exact ones: `harness.report.distances`, `harness.report.named`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
-from harness.report import doubts
-from harness.report.cells import MISSING, decimals, fixed, mark, one_line
+from harness.report import distances, doubts, named
+from harness.report.cells import decimals, one_line
+from harness.report.entries import EXCEEDS, UNTRUSTED, VACUOUS, WARNING, Entry, Panel, entry, error_text, places_of
 from harness.report.tables import Checks, MethodRow, Table
 from harness.report.trust import GAP
 from harness.statistics import Agreement, Estimate, stem
 
-UNTRUSTED, VACUOUS, EXCEEDS, WARNING = "untrusted", "vacuous", "exceeds", "warning"
-FLAGS = {UNTRUSTED: "untrusted", VACUOUS: "vacuous", EXCEEDS: "exceeds log p(x)", WARNING: "warning"}
-"""Short, as in a narrow column -> in full."""
-ERRORS = ("± over seeds", "± estimator", "± over x")
-"""Standard deviation over seeds, the estimator's standard error, and that from the choice of observations."""
 GAPS = ("approximation_gap", "amortisation_gap", "kl_to_posterior")
 CHAINS = {
     "r_hat_max": ("largest\nR-hat", 3),
@@ -31,55 +24,10 @@ CHAINS = {
 """Metric -> heading and decimals."""
 
 
-class Entry(NamedTuple):
-    """A number with its mark, its three errors (empty where unknown) and its flags."""
-
-    number: str = MISSING
-    mark: str = ""
-    errors: tuple[str, str, str] = ("", "", "")
-    flags: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Panel:
-    """A table of texts.
-
-    Args:
-        columns: Headings; lines are parted by line feeds.
-        lines: Label of a method and its entries.
-        about: What its columns are, the same for all tables of this title.
-        notes: What a reader has to know before believing it.
-        kinds: Of the estimates in it, for the legend.
-    """
-
-    title: str
-    columns: Sequence[str]
-    lines: Sequence[tuple[str, Sequence[Entry]]]
-    about: Sequence[str]
-    notes: Sequence[str]
-    kinds: frozenset[str]
-
-
 def panels(table: Table) -> list[Panel]:
     """Those that have anything to show."""
-    return [panel for panel in (trust(table), checks(table), gaps(table), chains(table)) if panel]
-
-
-def entry(row: MethodRow, estimate: Estimate | None, places: int, flags: Iterable[str] = ()) -> Entry:
-    if estimate is None:
-        return Entry()
-    flags = [*flags, UNTRUSTED] if doubts.doubted(row, estimate) else flags
-    known = (_error(estimate.spread), _error(estimate.stderr), _error(estimate.stderr_test))
-    return Entry(fixed(estimate.value, places), mark(estimate.kind), known, tuple(flags))
-
-
-def _error(error: float) -> str:
-    return f"{error:.2g}" if math.isfinite(error) else ""
-
-
-def _places(estimates: Iterable[Estimate | None]) -> int:
-    """Decimals that fit the estimators' errors, or what seeds differ by where there are none."""
-    return decimals([estimate.stderr or estimate.spread for estimate in estimates if estimate])
+    made = (trust, checks, gaps, chains, distances.distances, named.modes, named.moments)
+    return [panel for make in made if (panel := make(table))]
 
 
 # log p(x)
@@ -119,7 +67,7 @@ def pairs(table: Table) -> list[tuple[str, str]]:
 
 def _evidence(table: Table) -> list[Column]:
     def column(name: str) -> Column:
-        places = _places(row.evidence.get(name) for row in table.rows)
+        places = places_of(row.evidence.get(name) for row in table.rows)
 
         def cell(row: MethodRow) -> Entry:
             return entry(row, row.evidence.get(name), places)
@@ -147,7 +95,7 @@ def _agreements(table: Table) -> list[Column]:
 def _difference(found: Agreement | None, places: int, flags: Sequence[str]) -> Entry:
     if found is None:
         return Entry()
-    return Entry(f"{found.value:+.{places}f}", "", ("", _error(found.stderr), ""), tuple(flags))
+    return Entry(f"{found.value:+.{places}f}", "", ("", error_text(found.stderr), ""), tuple(flags))
 
 
 def _gaps_of(row: MethodRow) -> list[Estimate]:
@@ -192,7 +140,7 @@ def checks(table: Table) -> Panel | None:
     if not rows:
         return None
     estimates = {row.label: _checked(row) for row in rows}
-    places = [_places(column) for column in zip(*estimates.values(), strict=True)]
+    places = [places_of(column) for column in zip(*estimates.values(), strict=True)]
     return Panel(
         title="Checks of the posteriors by others than their methods",
         columns=[
@@ -232,7 +180,7 @@ def gaps(table: Table) -> Panel | None:
     rows = [row for row in table.rows if found[row.label]]
     if not rows:
         return None
-    places = {metric: _places(found[row.label].get(metric) for row in rows) for metric in GAPS}
+    places = {metric: places_of(found[row.label].get(metric) for row in rows) for metric in GAPS}
     return Panel(
         title="Where the ELBO falls short of log p(x)",
         columns=["approxi-\nmation gap", "amorti-\nsation gap", "their sum:\nKL to p(z|x)"],

@@ -152,6 +152,19 @@ class MethodRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Closeness:
+    """What may be said of the rows' distances to the exact posterior, by one metric of one evaluator.
+
+    Args:
+        closest: Label of the row that is ahead of all others beyond the errors and the floor; empty if none is.
+        at_floor: Labels of the rows that are no further than as many exact draws, within the errors.
+    """
+
+    closest: str
+    at_floor: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Table:
     """The rows that may be compared with each other.
 
@@ -161,6 +174,7 @@ class Table:
         decoder_parameters: Trainable parameters of the generative model, which all rows share.
         mixed: Column -> its values with the labels of the rows that have them, where they differ.
         definitions: Number of definitions (hashes) of this problem among all records; other ones have other tables.
+        closeness: By evaluator and metric, of those that have a floor and of others of the same metrics.
     """
 
     key: TableKey
@@ -170,6 +184,7 @@ class Table:
     left_out: int
     mixed: Mapping[str, Mapping[str, Sequence[str]]]
     definitions: int = 1
+    closeness: Mapping[tuple[str, str], Closeness] = field(default_factory=dict[tuple[str, str], Closeness])
 
     @property
     def exhaustive(self) -> bool:

@@ -14,8 +14,9 @@ from rich.text import Text
 
 from harness.report import cells, notes, tables
 from harness.report.build import tables_of
+from harness.report.entries import ERRORS, PRAISE, Entry, Panel
 from harness.report.grids import REPORTED, Grid
-from harness.report.panels import ERRORS, Entry, Panel, panels
+from harness.report.panels import panels
 from harness.report.tables import MethodRow, Table
 from harness.statistics import DENSITY_RATIO
 
@@ -161,7 +162,8 @@ def _rich_panel(panel: Panel, part: range, write: _Writer) -> RichTable:
         entries = [line[i] for i in part]
         rich.add_row(write(cells.one_line(label)), *(write(e.mark + e.number) for e in entries))
         for k in range(max(len(e.flags) for e in entries)):
-            rich.add_row("", *(write("".join(e.flags[k : k + 1]), "red") for e in entries))
+            flags = ["".join(e.flags[k : k + 1]) for e in entries]
+            rich.add_row("", *(write(flag, "green" if flag in PRAISE else "red") for flag in flags))
         for k, name in enumerate(ERRORS):
             if any(e.errors[k] not in ("", "0") for e in entries):
                 rich.add_row(write(name, "dim"), *(write(e.errors[k], "dim") for e in entries))

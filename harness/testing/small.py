@@ -16,7 +16,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from harness.method import Fit, Method
-from harness.model import LatentModel, log_normal
+from harness.model import LatentModel, StandardNormalPrior, log_normal
 from harness.posterior import LocalFamily, LocalGaussian, Posterior
 from harness.problem import DatasetSpec, MLPSpec, ModelSpec, Problem, TrainingView, placed
 from harness.seeding import Streams
@@ -47,75 +47,71 @@ class SmallProblem(Problem):
         )
 
 
-class TwoModes(LatentModel):
+class TwoModes(StandardNormalPrior):
     r"""A fixed model whose posterior is a mixture of two Gaussians: all that can be known of a model is known of it.
 
-    .. math:: p(z) = \tfrac12 \sum_{s = \pm 1} N(z; s c, I), \quad p(x|z) = N(x; z, I), \quad c = (2, 2, ...),
+    .. math:: p(x|z) = w N(x; z, \sigma^2 I) + (1 - w) N(x; -z, \sigma^2 I), \quad w = 0.7, \; \sigma = 0.5
 
-    hence p(z|x) = sum_s w_s N(z; (x + s c)/2, I/2), with weights in the ratio of N(x; s c, 2 I).
+    hence p(x) = N(x; 0, (1 + sigma^2) I), and p(z|x) is the mixture, with the same weights, of the Gaussians around
+    x / (1 + sigma^2) and around its negative, with the variance sigma^2 / (1 + sigma^2).
 
     Args:
         observed: The one observation whose modes are told, D numbers.
     """
 
-    centres: Tensor
+    WEIGHT, SD = 0.7, 0.5
+    TOTAL = 1 + SD**2  # variance of x
+    SHRUNK = SD / math.sqrt(TOTAL)  # standard deviation of either part of the posterior
+
+    observed: Tensor
 
     def __init__(self, observed: Sequence[float]) -> None:
         super().__init__()
         self.latent_dim = len(observed)
-        self.register_buffer("centres", torch.tensor([[-2.0], [2.0]]).expand(2, self.latent_dim).clone())
-        weights, means = self._components(torch.tensor([observed]))
-        along = means.sum(-1) / math.sqrt(0.5 * self.latent_dim)  # in standard deviations of that sum
-        upper = float((weights * torch.special.ndtr(along)).sum())
+        self.register_buffer("observed", torch.tensor(observed))
+        beyond = 0.5 * math.erfc(math.hypot(*observed) / self.TOTAL / self.SHRUNK / math.sqrt(2))
+        upper = self.WEIGHT + (1 - 2 * self.WEIGHT) * beyond
         self.mode_weights = {"lower": 1 - upper, "upper": upper}
 
-    def sample_prior(self, n: int, generator: torch.Generator) -> Tensor:
-        which = torch.randint(2, (n,), generator=generator, device=generator.device)
-        return self.centres[which] + self._noise((n, self.latent_dim), generator)
-
-    def log_prior(self, z: Tensor) -> Tensor:
-        return log_normal(z[..., None, :], self.centres).logsumexp(-1) - math.log(2)
-
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        return log_normal(x, z)
+        upper, lower = (log_normal(x, sign * z, math.log(self.SD)) for sign in (1, -1))
+        return torch.logaddexp(upper + math.log(self.WEIGHT), lower + math.log(1 - self.WEIGHT))
 
     def sample_observation(self, z: Tensor, generator: torch.Generator) -> Tensor:
-        return z + self._noise(z.shape, generator)
+        return self._sign(z[..., :1], generator) * z + self.SD * _like(z, generator)
 
     def mean(self, z: Tensor) -> Tensor:
-        return z
+        return (2 * self.WEIGHT - 1) * z
 
     def log_evidence(self, x: Tensor) -> Tensor:
-        return self._log_evidences(x).logsumexp(-1) - math.log(2)
+        return log_normal(x, 0.0, 0.5 * math.log(self.TOTAL))
 
     def sample_exact_posterior(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
-        weights, means = self._components(x)
-        which = torch.rand((n, len(x), 1), generator=generator, device=x.device, dtype=x.dtype) < weights[:, 1:]
-        centres = torch.where(which, means[:, 1], means[:, 0])
-        return centres + math.sqrt(0.5) * self._noise(centres.shape, generator).to(x)
+        mean = (x / self.TOTAL).expand(n, *x.shape)
+        return self._sign(mean[..., :1], generator) * mean + self.SHRUNK * _like(mean, generator)
 
     def quantities(self, z: Tensor) -> dict[str, Tensor]:
         return {f"z{i + 1}": z[..., i] for i in range(self.latent_dim)}
 
     def exact_moments(self, x: Tensor) -> dict[str, tuple[float, float]]:
-        weights, means = (part[0].double() for part in self._components(x))
-        mean = weights @ means
-        sd = (0.5 + weights @ means.square() - mean.square()).sqrt()
-        return {f"z{i + 1}": (float(mean[i]), float(sd[i])) for i in range(self.latent_dim)}
+        either = (x[0] / self.TOTAL).tolist()
+        variances = [self.SHRUNK**2 + 4 * self.WEIGHT * (1 - self.WEIGHT) * mean**2 for mean in either]
+        return {
+            f"z{i + 1}": ((2 * self.WEIGHT - 1) * mean, math.sqrt(variance))
+            for i, (mean, variance) in enumerate(zip(either, variances, strict=True))
+        }
 
     def mode_of(self, z: Tensor) -> Tensor:
-        return (z.sum(-1) > 0).long()
+        return (z @ self.observed > 0).long()
 
-    def _log_evidences(self, x: Tensor) -> Tensor:
-        """log p(x|s), shape (N, 2)."""
-        return log_normal(x[:, None], self.centres.to(x), 0.5 * math.log(2))
+    def _sign(self, like: Tensor, generator: torch.Generator) -> Tensor:
+        """1 with the probability w, else -1."""
+        uniform = torch.rand(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+        return torch.where(uniform < self.WEIGHT, 1.0, -1.0).to(like.dtype)
 
-    def _components(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights (N, 2) and means (N, 2, D) of the posterior."""
-        return self._log_evidences(x).softmax(-1), (x[:, None] + self.centres.to(x)) / 2
 
-    def _noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
-        return torch.randn(shape, generator=generator, device=generator.device, dtype=self.centres.dtype)
+def _like(z: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +119,7 @@ class SmallPosteriorProblem(PosteriorProblem):
     """One observation of a known model, whose posterior has a mode with seven tenths and one with three."""
 
     name: str = "small-posterior"
-    observed: tuple[float, ...] = (0.5, -0.08)
+    observed: tuple[float, ...] = (2.0, 1.0)
     width: PositiveInt = 8
     depth: PositiveInt = 1
     pair_width: PositiveInt = 8

@@ -22,8 +22,9 @@ from rich.console import Console
 from harness.record import COLUMNS, row
 from harness.report import convergence, figures
 from harness.report.build import tables_of
+from harness.report.entries import Entry, Panel
 from harness.report.markdown import write_report
-from harness.report.panels import Entry, Panel, panels
+from harness.report.panels import panels
 from harness.report.tables import MethodRow, Table
 from harness.report.terminal import print_tables
 
