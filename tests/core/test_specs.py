@@ -55,8 +55,8 @@ def test_parameters_of_conv1_are_those_of_its_layers() -> None:
     encoder = convolutions + (16 + 32 + 32) + (4 * 4 * 32 + 1) * 800
     injected = eps * (14 * 14 * 16 + 7 * 7 * 32 + 4 * 4 * 32)
     decoder = convolutions + (32 + 16 + 1) + (d + 1) * 300 + 301 * 4 * 4 * 32
-    pair = 25 * (32 + 32 * 64 + 64 * 128 + 128 * 256) + (32 + 64 + 128 + 256)
-    pair += d * (14 * 14 * 32 + 7 * 7 * 64 + 4 * 4 * 128 + 2 * 2 * 256)
+    pair = 25 * (16 + 16 * 32 + 32 * 64 + 64 * 128) + (16 + 32 + 64 + 128)
+    pair += d * (14 * 14 * 16 + 7 * 7 * 32 + 4 * 4 * 64 + 2 * 2 * 128)
     assert count_parameters(spec.encoder_trunk(shape, 0)) == encoder
     assert count_parameters(spec.encoder_trunk(shape, eps)) == encoder + injected
     assert count_parameters(spec.new_model(shape)) == decoder
