@@ -94,12 +94,12 @@ def test_the_curve_is_the_negative_elbo() -> None:
     Validation averages a thousand copies of the observation with 10 draws each, whose log p(x, z) - log q(z) has a
     standard deviation below 1: within five standard errors.
     """
-    fit = fitted(MeanField(), steps=200)
+    fit = fitted(MeanField(), steps=120)
     model, x = oracle()
     last = fit.curve[-1]
-    assert [point.step for point in fit.curve if point.step % 100 == 0] == [100, 200]
+    assert {100, 120} <= {point.step for point in fit.curve}
     assert last.validation == pytest.approx(divergence(fit) - float(model.log_evidence(x)), abs=5 * 0.01)
-    assert (fit.steps, fit.gradient_evaluations, fit.parameters) == (200, 200, 2 * D)
+    assert (fit.steps, fit.gradient_evaluations, fit.parameters) == (120, 120, 2 * D)
 
 
 @pytest.mark.parametrize("guide", ["AutoLowRankMultivariateNormal", "AutoLaplaceApproximation", "AutoIAFNormal"])
