@@ -140,14 +140,5 @@ def _capabilities(module: ModuleType, cls: type) -> str:
 
     names: dict[str, Any] = vars(module)
     protocols = [found for found in names.values() if getattr(found, "_is_protocol", False)]
-    own = [found for found in protocols if found.__module__ == module.__name__ and _fulfils(cls, found)]
+    own = [found for found in protocols if found.__module__ == module.__name__ and issubclass(cls, found)]
     return "; ".join(f"{found.__name__} ({summary(found).rstrip('.')})" for found in own)
-
-
-def _fulfils(cls: type, protocol: Any) -> bool:
-    """Whether a class has all members of a protocol, methods or not: `issubclass` refuses the latter."""
-    members: set[str] = set()
-    for base in protocol.__mro__:
-        if getattr(base, "_is_protocol", False):
-            members |= {*vars(base), *getattr(base, "__annotations__", ())}
-    return all(hasattr(cls, name) for name in members if not name.startswith("_"))
