@@ -15,7 +15,7 @@ import itertools
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -35,6 +35,7 @@ Program = Callable[[], object]
 Site = dict[str, Any]
 """What Pyro knows of one statement of a program: its name, type, distribution, value ..."""
 TRIED = 3  # latents, to see whether a program can be run for several at once
+RUNS = 5  # to see whether it is always the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,8 +209,16 @@ class PyroModel(LatentModel):
         return log_prior.to(z.dtype), log_likelihood.to(z.dtype), sites
 
     def _sites(self, x: Tensor) -> dict[str, Site]:
-        """The sample sites of a run in which x (E,) was observed."""
-        return {name: site for name, site in self._nodes(x).items() if _is_sample(site)}
+        """The sample sites of a run in which x (E,) was observed.
+
+        Raises:
+            UserError: If the latent ones are others than before: their values would be draws instead of being z's.
+        """
+        sites = {name: site for name, site in self._nodes(x).items() if _is_sample(site)}
+        latent = {name for name, site in sites.items() if not site["is_observed"]}
+        if latent != self.places.keys():
+            raise UserError(f"{self.name}: {CHANGING}: {', '.join(latent ^ self.places.keys())}")
+        return sites
 
     def _nodes(self, x: Tensor) -> dict[str, Site]:
         """All that a run leaves: sample sites, parameters, plates."""
@@ -226,15 +235,12 @@ class PyroModel(LatentModel):
     # What the program is
 
     def _examined(self) -> dict[str, Site]:
-        """The sample sites, after a look at two runs with draws from the prior."""
-        run, other = self._prior_run("one"), self._prior_run("other")
-        for fault in _faults(run, other, self.shapes):
+        """The sample sites, after a look at some runs with draws from the prior."""
+        with seeded(derive("pyro program", self.name, "examined")), torch.no_grad(), _by_itself(self.x):
+            runs = [self._nodes(self.x) for _ in range(RUNS)]
+        for fault in _faults(runs, self.shapes):
             raise UserError(f"{self.name}: {fault}")
-        return {name: site for name, site in run.items() if _is_sample(site)}
-
-    def _prior_run(self, purpose: str) -> dict[str, Site]:
-        with seeded(derive("pyro program", self.name, purpose)), torch.no_grad(), _by_itself(self.x):
-            return self._nodes(self.x)
+        return {name: site for name, site in runs[0].items() if _is_sample(site)}
 
     def _can_be_drawn_together(self) -> bool:
         """Whether draws within a further plate have the densities there that they have alone.
@@ -283,7 +289,7 @@ def _by_itself(like: Tensor) -> Iterator[None]:
     torch.set_default_dtype(like.dtype)
     device = nullcontext() if like.device.type == "cpu" else like.device
     try:
-        with pyro.poutine.block(), pyro.validation_enabled(False), device:
+        with pyro.poutine.block(), pyro.get_param_store().scope(), pyro.validation_enabled(False), device:
             yield
     finally:
         torch.set_default_dtype(dtype)
@@ -345,10 +351,15 @@ def _element_names(site: Site) -> list[str]:
 # Faults
 
 
-def _faults(run: dict[str, Site], other: dict[str, Site], observed: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """Why a program is no problem, from two of its runs."""
-    if _structure(run) != _structure(other):
-        yield f"its sites change from run to run: {', '.join(_structure(run) ^ _structure(other))}; they must not"
+CHANGING = "its sites change from run to run"
+
+
+def _faults(runs: Sequence[Mapping[str, Site]], observed: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """Why a program is no problem, from some of its runs."""
+    run = runs[0]
+    for other in runs[1:]:
+        if _structure(run) != _structure(other):
+            yield f"{CHANGING}: {', '.join(sorted(_structure(run) ^ _structure(other)))}"
     sites = {name: site for name, site in run.items() if _is_sample(site)}
     for name, site in run.items():
         if site["type"] == "param":

@@ -117,7 +117,7 @@ def diagnostics(found: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     """R-hat, and effective sample sizes of the bulk and of the tails (the smaller of both), of draws (C, n) by name.
 
     Raises:
-        ArithmeticError: If a quantity is not finite, or none of them ever changes.
+        ArithmeticError: If a quantity is not finite, or no chain moves.
     """
     # Not at the top: scipy, which it brings, takes a second or two that `harness --help` has no use for.
     from arviz_stats.base.array import array_stats
@@ -126,11 +126,10 @@ def diagnostics(found: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     if infinite:
         raise ArithmeticError(f"not finite for some draws: {', '.join(infinite)}")
     moving = {name: values for name, values in found.items() if values.min() < values.max()}
-    if not moving:
-        raise ArithmeticError("all draws are the same: no chain has moved")
+    if not any(np.ptp(values, axis=1).any() for values in moving.values()):
+        raise ArithmeticError("no chain has moved from where it was after its warm-up")
     draws = np.stack(list(moving.values()))
-    with np.errstate(divide="ignore"):  # chains that are stuck at different places
-        r_hat = array_stats.rhat(draws, chain_axis=1, draw_axis=2)
+    r_hat = array_stats.rhat(draws, chain_axis=1, draw_axis=2)
     bulk = array_stats.ess(draws, chain_axis=1, draw_axis=2, method="bulk")
     tail = array_stats.ess(draws, chain_axis=1, draw_axis=2, method="tail", prob=TAILS)
     columns = {"r_hat": r_hat, "ess_bulk": bulk, "ess_tail": tail}

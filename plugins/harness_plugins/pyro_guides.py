@@ -40,6 +40,8 @@ PRIOR_DRAWS = 15  # whose median is where a guide starts: as many as Pyro takes 
 class AutoPosterior(Posterior):
     """q(z), the distribution that an automatic guide has come to; x says nothing that it has not been told.
 
+    Its density is known for its own draws: of a flow, by what each was made from.
+
     Args:
         distribution: A Pyro distribution with the event shape (D,).
     """
@@ -55,11 +57,15 @@ class AutoPosterior(Posterior):
         z = self.sample(x, n, generator)
         return z, self.distribution.log_prob(z)
 
+
+class AutoGaussian(AutoPosterior):
+    """A Gaussian, whose density is known everywhere."""
+
     def log_prob(self, x: Tensor, z: Tensor) -> Tensor:
         return self.distribution.log_prob(z)
 
 
-class MeanFieldPosterior(AutoPosterior):
+class MeanFieldPosterior(AutoGaussian):
     """A diagonal Gaussian."""
 
     def local(self, x: Tensor) -> LocalFamily:
@@ -111,9 +117,9 @@ class AutoGuideMethod(SVIMethod):
     def posterior(self, modules: Modules) -> Posterior:
         guide = modules["guide"]
         if self.family == "AutoLaplaceApproximation":
-            return AutoPosterior(_expansion(guide))
-        kind = MeanFieldPosterior if self.family == "AutoDiagonalNormal" else AutoPosterior
-        return kind(guide.guide.get_posterior())
+            return AutoGaussian(_expansion(guide))
+        kinds = {"AutoIAFNormal": AutoPosterior, "AutoDiagonalNormal": MeanFieldPosterior}
+        return kinds.get(self.family, AutoGaussian)(guide.guide.get_posterior())
 
 
 def _guide(family: Family, view: TrainingView) -> Any:

@@ -13,25 +13,27 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pyro
 import pytest
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
-from harness.method import Checkpoint, Fit, Run, State
+from harness.method import Checkpoint, Fit, Run, State, unfit_for_one_posterior
 from harness.model import DecoderModel, LatentModel
 from harness.posterior import LocalFamily, LocalGaussian, Posterior
 from harness.problem import DatasetSpec, MLPSpec, ModelSpec, Problem, TrainingView
 from harness.testing import (
     ConformanceError,
+    SmallPosteriorProblem,
     SmallProblem,
     check_evaluator,
     check_method,
     check_posterior,
     check_problem,
 )
-from harness.testing.small import KnownPosterior, view_of
+from harness.testing.small import KnownPosterior, problem_for, view_of
 from harness.training import Modules, Noise
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +56,21 @@ SharedScalePosterior: Any = sys.modules["harness_example"].SharedScalePosterior
 
 def test_the_example_passes() -> None:
     check_method(SharedScale())
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnePosterior(SharedScale):
+    """Unfit where there are several observations; the small posterior problem is for such."""
+
+    def unfit(self, view: TrainingView) -> str | None:
+        return unfit_for_one_posterior(view)
+
+
+def test_a_method_for_one_posterior_is_tried_on_one() -> None:
+    assert problem_for(SharedScale()) == SmallProblem()
+    assert problem_for(OnePosterior()) == SmallPosteriorProblem()
+    check_problem(SmallPosteriorProblem())
+    check_method(OnePosterior())
 
 
 def loss(method: Any, modules: Modules, x: Tensor, noise: Noise) -> Tensor:
@@ -223,11 +240,26 @@ class ForgetsWhenInterrupted(SharedScale):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LeavesParameters(SharedScale):
+    def fit(self, view: TrainingView, run: Run) -> Fit:
+        pyro.param("left_behind", torch.tensor(1.0))
+        return SharedScale.fit(self, view, run)
+
+
+@dataclass(frozen=True, kw_only=True)
 class GetsNowhere(SharedScale):
     def fit(self, view: TrainingView, run: Run) -> Fit:
         if run.checkpoint.due():
             run.checkpoint.save(State({}, {}), 0, 0.0)
         return SharedScale.fit(self, view, run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NowhereFit(SharedScale):
+    name: str = "nowhere-fit"
+
+    def unfit(self, view: TrainingView) -> str | None:
+        return "never fits"
 
 
 class Thawed(SharedScale):
@@ -270,6 +302,8 @@ def altered(modules: Modules, **methods: Any) -> Any:
         (LeavesDouble, "changes torch's default dtype"),
         (ForgetsWhenInterrupted, "in one go and one that was interrupted.* expected the same numbers bit for bit"),
         (GetsNowhere, "stopped at each checkpoint, does not come to an end"),
+        (LeavesParameters, "changes Pyro's parameters"),
+        (NowhereFit, "nowhere-fit is unfit for small-posterior \\(never fits\\): check it on another problem"),
         (Thawed, "Thawed must be a frozen dataclass"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
@@ -277,7 +311,7 @@ def altered(modules: Modules, **methods: Any) -> Any:
 def test_a_faulty_method_is_found(method: Any, law: str) -> None:
     dtype = torch.get_default_dtype()
     try:
-        with pytest.raises(ConformanceError, match=law):
+        with pytest.raises(ConformanceError, match=law), pyro.get_param_store().scope():
             check_method(method())
     finally:
         torch.set_default_dtype(dtype)
@@ -372,7 +406,9 @@ class FaultyEvaluator(Evaluator):
         }.get(self.fault, {})
         split = "simulated" if self.fault == "simulated" else ""
         stderrs = torch.ones_like(values) if self.fault == "exact" else torch.zeros_like(values)
-        measured = run.measurement("kl_to_prior", values, stderrs, "exact", indices, split=split, traces=traces)
+        warnings = {"long warning": "two\nlines", "random warning": str(random.SystemRandom().random())}
+        extra: dict[str, Any] = {"split": split, "traces": traces, "warning": warnings.get(self.fault, "")}
+        measured = run.measurement("kl_to_prior", values, stderrs, "exact", indices, **extra)
         return [] if self.fault == "nothing" else [measured] * (2 if self.fault == "twice" else 1)
 
 
@@ -389,6 +425,8 @@ class FaultyEvaluator(Evaluator):
         ("random trace", "measuring the same fit twice gives different traces 'curve'"),
         ("exact", "an exact number has no standard error"),
         ("nothing", "no measurement; say why"),
+        ("long warning", "a warning is one line of text"),
+        ("random warning", "measuring the same fit twice gives different warnings"),
         ("twice", "a metric is measured twice"),
     ],
 )

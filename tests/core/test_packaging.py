@@ -131,6 +131,7 @@ def test_the_authors_guide_shows_the_example_that_is_tested() -> None:
     guide = ROOT / "plugins/README.md"
     assert (EXAMPLE / "harness_example.py").read_text() in blocks(guide, "python")
     assert EXPERIMENT.read_text() in blocks(guide, "python")
+    assert (EXAMPLE.parent / "harness_pyro_example.py").read_text() in blocks(guide, "python")
     assert blocks(guide, "toml") == [(EXAMPLE / "pyproject.toml").read_text()]
 
 

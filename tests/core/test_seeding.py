@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.seeding import Streams, derive, isolated
+from harness.seeding import Streams, derive, drawing_from, isolated, seeded
 
 CPU = torch.device("cpu")
 
@@ -146,3 +146,43 @@ def test_a_pyro_that_is_imported_inside_leaves_nothing_behind() -> None:
         assert not pyro.get_param_store().keys()
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+def drawn() -> tuple[float, float, float]:
+    return float(torch.rand(())), float(np.random.random()), random.random()
+
+
+def draw_and_raise(expected: tuple[float, float, float]) -> None:
+    assert drawn() == expected
+    raise KeyError
+
+
+def test_what_is_seeded_repeats_and_leaves_the_process_as_it_was() -> None:
+    before = process_state()
+    with seeded(3):
+        first = drawn()
+    with pytest.raises(KeyError), seeded(3):
+        draw_and_raise(first)
+    with seeded(4):
+        assert all(a != b for a, b in zip(drawn(), first, strict=True))
+    assert process_state() == before
+
+
+def test_a_library_draws_from_the_generator_that_is_handed_in(generator: torch.Generator) -> None:
+    """Each time other numbers, that depend on the generator alone and move it on by one draw."""
+    before, start = process_state(), generator.get_state()
+    with drawing_from(generator):
+        first = drawn()
+    with drawing_from(generator):
+        second = drawn()
+    assert all(a != b for a, b in zip(first, second, strict=True))
+    generator.set_state(start)
+    torch.rand(3)
+    with drawing_from(generator):
+        assert drawn() == first
+    generator.set_state(start)
+    torch.randint(2**63 - 1, (), generator=generator)
+    with drawing_from(generator):
+        assert drawn() == second
+    torch.set_rng_state(torch.tensor(before[0], dtype=torch.uint8))  # type: ignore[arg-type]
+    assert process_state() == before

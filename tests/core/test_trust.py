@@ -628,6 +628,62 @@ def test_gaps_have_a_table_and_say_whose_are_missing() -> None:
     assert panel.notes == ["avb: skipped: posterior has no density"]
 
 
+# Warnings
+
+
+def warned(text: str = "R-hat of mu is 1.230, above 1.01: chains disagree") -> Records:
+    """`nuts` is ahead of `vae` by a nat, beyond any noise; two of its three seeds carry a warning."""
+    store = Records()
+    for seed in range(3):
+        for method, level in (("nuts", 1.0), ("vae", 0.0)):
+            truth = store.truth(method, seed, level)
+            store.measure(method, seed, "exact", "log_likelihood", truth, kind="exact", stderr=0.0)
+        settings = {"warning": text} if seed != 1 and text else {}
+        columns: dict[str, Any] = {"kind": "exact", "stderr": 0.0, "settings": settings, "unit": ""}
+        store.measure("nuts", seed, "chains", "r_hat_max", np.full(2, 1.23), **columns)
+        store.measure("nuts", seed, "chains", "ess_bulk_min", np.full(2, 812.0), kind="exact", stderr=0.0)
+    return store
+
+
+def test_a_fit_with_a_warning_is_marked_and_never_ahead(tmp_path: Path) -> None:
+    store = warned()
+    note = "‡ nuts: r_hat_max by chains: R-hat of mu is 1.230, above 1.01: chains disagree (seed 0, likewise seed 2)"
+    assert not any(row.best for row in table_of(store).rows)
+    printed = text_of(store)
+    assert "nuts ‡" in printed
+    assert "vae ‡" not in printed
+    assert note in " ".join(printed.split())
+    assert "‡ one of the fit's measurements carries a warning; never ahead of the others" in printed
+    report = write_report(store, tmp_path).read_text()
+    assert "| nuts ‡ (warning) |" in report
+    assert note.replace("r_hat_max", "r\\_hat\\_max") in report
+    [line] = [line for line in report.splitlines() if "r\\_hat\\_max | chains" in line]
+    assert "| 1.23 (warning) |" in line
+
+
+def test_without_a_warning_nothing_is_marked() -> None:
+    store = warned(text="")
+    assert [row.label for row in table_of(store).rows if row.best] == ["nuts"]
+    assert "‡" not in text_of(store)
+
+
+def test_chains_have_a_table() -> None:
+    panel = panel_of(warned(), "Markov chains")
+    assert [label for label, _ in panel.lines] == ["nuts"]
+    cells = cells_of(panel, "nuts")
+    assert {heading: entry.number for heading, entry in cells.items()} == {
+        "largest R-hat": "1.230", "bulk, worth draws": "812", "tails, worth draws": "-", "divergences": "-",
+    }  # fmt: skip
+    assert cells["largest R-hat"].flags == ("warning",)
+    assert cells["bulk, worth draws"].flags == ()
+
+
+def text_of(store: Records) -> str:
+    stream = io.StringIO()
+    print_tables(store.records(), store.examples(), Console(file=stream, width=120))
+    return stream.getvalue()
+
+
 # As printed
 
 
