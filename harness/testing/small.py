@@ -1,7 +1,7 @@
 """Problems that are small enough for checks, and a fit of them whose posterior has every capability.
 
 `SmallProblem` has many observations and a model to learn; `SmallPosteriorProblem` has one observation and a model that
-is known, and of which everything is known exactly.
+is known, and of which everything is known exactly; the posterior of `SmallGaussianProblem` is Gaussian.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
 from harness.method import Fit, Method
 from harness.model import LatentModel, StandardNormalPrior, log_normal
@@ -130,6 +131,60 @@ class SmallPosteriorProblem(PosteriorProblem):
 
     def target(self) -> LatentModel:
         return TwoModes(self.observed)
+
+
+class SmallGaussianModel(LatentModel):
+    """z = m + L eps and x = W z + noise, both standard normal: a prior that is none of the usual ones, all known."""
+
+    latent_dim = 2
+    prior_mean: Tensor
+    prior_factor: Tensor
+    weight: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        constants = {"prior_mean": [1.0, -0.5], "prior_factor": [[1.5, 0.0], [0.4, 0.8]]}
+        constants |= {"weight": [[1.0, 0.5], [0.0, 1.0], [0.5, -1.0]]}
+        for name, values in constants.items():
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float64))
+
+    def sample_prior(self, n: int, generator: torch.Generator) -> Tensor:
+        like = {"device": self.prior_mean.device, "dtype": self.prior_mean.dtype}
+        return self.prior_mean + torch.randn(n, self.latent_dim, generator=generator, **like) @ self.prior_factor.T
+
+    def log_prior(self, z: Tensor) -> Tensor:
+        whitened = (z - self.prior_mean) @ torch.linalg.inv(self.prior_factor).T
+        return log_normal(whitened) - self.prior_factor.diagonal().log().sum()
+
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        return log_normal(x, z @ self.weight.T)
+
+    def log_evidence(self, x: Tensor) -> Tensor:
+        factor = self.weight @ self.prior_factor
+        covariance = factor @ factor.T + torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        return MultivariateNormal(self.weight @ self.prior_mean, covariance).log_prob(x)
+
+    def exact_posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        prior_precision = torch.cholesky_inverse(self.prior_factor)
+        covariance = torch.linalg.inv(prior_precision + self.weight.T @ self.weight)
+        return (prior_precision @ self.prior_mean + x @ self.weight) @ covariance, covariance
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallGaussianProblem(PosteriorProblem):
+    """One observation of three numbers and a Gaussian posterior in two dimensions."""
+
+    name: str = "small-gaussian"
+    width: PositiveInt = 8
+    depth: PositiveInt = 1
+    pair_width: PositiveInt = 8
+    pair_depth: PositiveInt = 1
+
+    def observation(self) -> np.ndarray:
+        return np.array([2.0, -0.3, 1.1])
+
+    def target(self) -> LatentModel:
+        return SmallGaussianModel()
 
 
 def problem_for(method: Method) -> Problem:

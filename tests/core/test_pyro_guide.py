@@ -20,8 +20,8 @@ import harness
 from harness.posterior import HasDensity, HasPointDensity
 from harness.problem import Problem, TrainingView
 from harness.pyro_guide import Guide, GuideMethod, GuidePosterior, negative_elbo, program_of, seed_of
-from harness.testing import SmallPosteriorProblem, SmallProblem, check_method, check_problem
-from harness.testing.small import SmallPosteriorModel, view_of
+from harness.testing import SmallGaussianProblem, SmallProblem, check_method, check_problem
+from harness.testing.small import SmallGaussianModel, view_of
 
 CPU = torch.device("cpu")
 EXAMPLE = Path(__file__).parents[1] / "distributions/harness_pyro_example.py"
@@ -59,7 +59,7 @@ def test_guide_and_model_are_trained_together() -> None:
 class ExactPosterior:
     """The guide of the small posterior problem that its evidence is known from."""
 
-    def __init__(self, model: SmallPosteriorModel) -> None:
+    def __init__(self, model: SmallGaussianModel) -> None:
         self.model = model
 
     def __call__(self, x: Tensor) -> None:
@@ -68,9 +68,9 @@ class ExactPosterior:
             pyro.sample("z", dist.MultivariateNormal(mean, covariance))
 
 
-def small() -> tuple[SmallPosteriorModel, Tensor]:
-    view = view_of(SmallPosteriorProblem())
-    assert isinstance(view.model, SmallPosteriorModel)
+def small() -> tuple[SmallGaussianModel, Tensor]:
+    view = view_of(SmallGaussianProblem())
+    assert isinstance(view.model, SmallGaussianModel)
     return view.model, view.validation
 
 

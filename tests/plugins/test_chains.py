@@ -12,8 +12,8 @@ from harness.method import Fit
 from harness.model import LatentModel
 from harness.posterior import ChainPosterior
 from harness.problem import placed
-from harness.testing import SmallPosteriorProblem
-from harness.testing.small import SmallPosteriorModel, known_fit, view_of
+from harness.testing import SmallGaussianProblem
+from harness.testing.small import SmallGaussianModel, known_fit, view_of
 from harness_plugins.chains import Chains, diagnostics
 
 CPU = torch.device("cpu")
@@ -26,10 +26,10 @@ def independent(generator: torch.Generator, *shift: float) -> Tensor:
 
 
 def measured(draws: Tensor, divergences: Tensor | None = None, model: LatentModel | None = None, **settings: float):
-    problem = SmallPosteriorProblem()
+    problem = SmallGaussianProblem()
     run = EvaluationRun(placed(problem, CPU, torch.float64), problem, CPU, torch.float64, 0)
     divergences = torch.zeros(len(draws), dtype=torch.int64) if divergences is None else divergences
-    fit = Fit(model or SmallPosteriorModel(), ChainPosterior(draws, divergences), {})
+    fit = Fit(model or SmallGaussianModel(), ChainPosterior(draws, divergences), {})
     found = {each.metric: each for each in Chains(**settings).measure(fit, problem, run)}  # type: ignore[arg-type]
     assert list(found) == ["r_hat_max", "ess_bulk_min", "ess_tail_min", "divergences"]
     return found
@@ -88,7 +88,7 @@ def test_divergences_are_told(generator: torch.Generator) -> None:
     assert found["divergences"].warning == "transitions that diverged: 3; a part may be left out"
 
 
-class Named(SmallPosteriorModel):
+class Named(SmallGaussianModel):
     """Quantities of which one never changes."""
 
     def quantities(self, z: Tensor) -> dict[str, Tensor]:
@@ -128,5 +128,5 @@ def test_r_hat_is_that_of_its_definition(generator: torch.Generator) -> None:
 
 
 def test_other_posteriors_are_skipped_with_the_reason() -> None:
-    fit = known_fit(view_of(SmallPosteriorProblem()))
-    assert Chains().undefined(fit, SmallPosteriorProblem()) == "the posterior has no Markov chains"
+    fit = known_fit(view_of(SmallGaussianProblem()))
+    assert Chains().undefined(fit, SmallGaussianProblem()) == "the posterior has no Markov chains"

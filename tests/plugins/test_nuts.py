@@ -19,7 +19,7 @@ from harness.posterior import ChainPosterior
 from harness.problem import Problem, placed
 from harness.seeding import Streams, seeded
 from harness.target import PosteriorProblem
-from harness.testing import SmallPosteriorProblem, SmallProblem
+from harness.testing import SmallGaussianProblem, SmallProblem
 from harness.testing.small import view_of
 from harness_plugins.chains import Chains, diagnostics
 from harness_plugins.nuts import NUTS
@@ -42,13 +42,13 @@ def chains_of(found: Fit) -> Tensor:
 
 @pytest.fixture(scope="module")
 def gaussian() -> Fit:
-    return fit(NUTS(warmup=60, draws=120), SmallPosteriorProblem())
+    return fit(NUTS(warmup=60, draws=120), SmallGaussianProblem())
 
 
 def test_moments_are_those_of_the_exact_posterior(gaussian: Fit) -> None:
     """Means, variances and the covariance within four Monte Carlo errors, from the effective number of draws of each:
     of five quantities that many errors are exceeded once in three thousand runs."""
-    view = view_of(SmallPosteriorProblem())
+    view = view_of(SmallGaussianProblem())
     mean, covariance = view.model.exact_posterior(view.validation)  # type: ignore[operator]
     deviation = chains_of(gaussian) - mean[0]
     found = {f"mean {i}": deviation[..., i] for i in range(2)}
@@ -155,7 +155,7 @@ def test_a_chain_that_finds_no_start_has_diverged() -> None:
 
 def test_more_chains_leave_the_first_ones_as_they_are() -> None:
     method = NUTS(chains=2, warmup=8, draws=6, max_tree_depth=3)
-    two, three = (fit(replace(method, chains=n), SmallPosteriorProblem()) for n in (2, 3))
+    two, three = (fit(replace(method, chains=n), SmallGaussianProblem()) for n in (2, 3))
     assert torch.equal(chains_of(two), chains_of(three)[:2])
     assert not torch.equal(chains_of(three)[1], chains_of(three)[2])
 
@@ -174,25 +174,23 @@ class Ticking(Clock):
 
 def test_a_budget_in_seconds_is_shared_by_the_chains() -> None:
     """Each of two chains may look at the clock thirty times, once before each transition; ten of these are warm-up."""
-    found = fit(
-        NUTS(chains=2, warmup=10, draws=500, max_tree_depth=2), SmallPosteriorProblem(), "seconds=60", Ticking()
-    )
+    found = fit(NUTS(chains=2, warmup=10, draws=500, max_tree_depth=2), SmallGaussianProblem(), "seconds=60", Ticking())
     assert 15 <= chains_of(found).shape[1] <= 20
     with pytest.raises(RuntimeError, match="the time of chain 0 was over after 9 transitions, of which 10 are warm-up"):
-        fit(NUTS(chains=2, warmup=10, draws=500, max_tree_depth=2), SmallPosteriorProblem(), "seconds=20", Ticking())
+        fit(NUTS(chains=2, warmup=10, draws=500, max_tree_depth=2), SmallGaussianProblem(), "seconds=20", Ticking())
 
 
 def test_pyro_is_left_as_it_was() -> None:
     pyro.clear_param_store()
     pyro.param("kept", torch.tensor(1.0))
     settings = pyro.settings.get()
-    fit(NUTS(chains=2, warmup=5, draws=5, max_tree_depth=2), SmallPosteriorProblem())
+    fit(NUTS(chains=2, warmup=5, draws=5, max_tree_depth=2), SmallGaussianProblem())
     assert pyro.settings.get() == settings
     assert list(pyro.get_param_store().keys()) == ["kept"]
     pyro.clear_param_store()
 
 
 def test_where_it_is_unfit() -> None:
-    assert NUTS().unfit(view_of(SmallPosteriorProblem())) is None
+    assert NUTS().unfit(view_of(SmallGaussianProblem())) is None
     reason = NUTS().unfit(view_of(SmallProblem()))
     assert reason == "approximates a single posterior, and this problem has 24 observations"
