@@ -26,7 +26,7 @@ from harness.store import Store
 DEFAULT_SCALE: Scale = "laptop"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Reproduction:
     """An experiment that has been run and reported.
 
@@ -103,10 +103,16 @@ def run(
     ran: dict[str, Ran] = {}
     while suite := _next(chosen, at, ran):
         records = compare(**_arguments(suite, numbers, folder), **common, progress=progress)
-        ran[suite.name] = Ran(suite, _named(records, suite, registry), Store(folder / suite.name))
-    title = f"{chosen.label}, scale {at}"
-    results = Results(title, _command(chosen, at, numbers, common), chosen.contents(at), ran, _versions(folder, ran))
-    return Reproduction(results, _all(ran), folder, write(results, folder))
+        named, store = _named(records, suite, registry), Store(folder / suite.name)
+        ran[suite.name] = Ran(suite=suite, records=named, store=store)
+    results = Results(
+        title=f"{chosen.label}, scale {at}",
+        repeat=_command(chosen, at, numbers, common),
+        contents=chosen.contents(at),
+        ran=ran,
+        versions=_versions(folder, ran),
+    )
+    return Reproduction(results=results, records=_all(ran), folder=folder, report=write(results, folder))
 
 
 def _one(registry: Registry, experiment: str | Experiment) -> Experiment:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from harness.report.figures import Source
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Ran:
     """A suite that has been run.
 
@@ -47,7 +47,7 @@ class Ran:
         return statistics.values_per_observation(self.store.examples())
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Results:
     """The results of an experiment.
 

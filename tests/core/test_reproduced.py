@@ -92,7 +92,7 @@ class Made:
     def ran(self) -> Ran:
         methods = {run: run for run in self.runs}
         suite = Suite(name=self.name, problem="digits", methods=methods, evaluators="exact", budget="steps=100")
-        return Ran(suite, self.records(), self)
+        return Ran(suite=suite, records=self.records(), store=self)
 
 
 AVB, VAE = (Line(label=run.upper(), suite="steps", run=run) for run in ("avb", "vae"))
@@ -113,7 +113,13 @@ def two_runs(gap: float, seeds: int = 3, **columns: Any) -> Made:
 
 def results(*made: Made, contents: Contents | None = None) -> Results:
     default = Contents(tables=[TABLE], contrasts=[CONTRAST])
-    return Results("an-experiment", "harness reproduce x", contents or default, {m.name: m.ran() for m in made}, {})
+    return Results(
+        title="an-experiment",
+        repeat="harness reproduce x",
+        contents=contents or default,
+        ran={each.name: each.ran() for each in made},
+        versions={"torch": ["2.13.0"]},
+    )
 
 
 TABLE = Tabulated(
