@@ -120,7 +120,7 @@ class HasQuantities(Protocol):
         ...
 
     def exact_moments(self, x: Tensor) -> dict[str, tuple[float, float]]:
-        """Posterior mean and standard deviation of quantities, where they are known, for the one observation (1, *E)."""
+        """Posterior mean and standard deviation of quantities, where known, for the one observation x (1, *E)."""
         ...
 
 
