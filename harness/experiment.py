@@ -105,6 +105,8 @@ class Contrast:
         statement: What is the case if the difference is above zero.
         group: Contrasts of one group stand together in tables and figures.
         metrics, evaluator: As in `Column`.
+        floor: Metric of the value that a perfect fit would give by the same estimator, if there is one: a difference
+            has to be larger than that too.
     """
 
     statement: str
@@ -113,6 +115,7 @@ class Contrast:
     group: str = ""
     metrics: tuple[str, ...] = ("log_likelihood",)
     evaluator: str = ""
+    floor: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,8 +143,8 @@ def _kind(estimate: Estimate) -> str:
 
 ABOUT_CONTRASTS = (
     "difference: mean over the seeds and observations that both have, paired, ± its standard error; a statement is "
-    "observed if it is above zero by more than the margin: two standard errors (more for few seeds) and, where "
-    "log p(x) is by annealing, the certified gap"
+    "observed if it is above zero by more than the margin: two standard errors (more for few seeds) and the certified "
+    "gap of log p(x) by annealing, or the floor of an estimator that has one"
 )
 
 

@@ -8,6 +8,7 @@ written down beforehand. Figures of others are texts and take no part in it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from harness.experiment import Column, Contents, Contrast, Line, Suite
 from harness.report.build import exceeding, method_rows
 from harness.report.tables import MethodRow, certified_reach
 from harness.report.trust import LOG_LIKELIHOOD, ValuesOf, of_seeds
-from harness.statistics import DENSITY_RATIO, SIMULATED, Difference, Estimate, Row
+from harness.statistics import DENSITY_RATIO, SIMULATED, STANDARD_ERRORS, Difference, Estimate, Row
 
 if TYPE_CHECKING:
     from harness.report.figures import Source
@@ -116,7 +117,8 @@ class Outcome:
     """What was found of a contrast.
 
     Args:
-        reach: What the difference must exceed besides the noise: the certified gap of log p(x) with its error.
+        reach: What the difference must exceed besides the noise: of log p(x) the certified gap with its error, of
+            other metrics the floor of their estimator, if it has one.
         obstacle: Why nothing can be concluded; empty if something can.
     """
 
@@ -134,26 +136,25 @@ class Outcome:
             return f"undecided: {self.obstacle}"
         if abs(self.difference.value) > self.difference.margin + self.reach:
             return "observed" if self.difference.value > 0 else "the opposite is observed"
-        within = "the certified gap" if self.difference.beyond_noise else "the noise"
-        return f"not observed at this scale, within {within}"
+        limit = "the certified gap" if self.metric == LOG_LIKELIHOOD else "the estimator's floor"
+        return f"not observed at this scale, within {limit if self.difference.beyond_noise else 'the noise'}"
 
 
 def outcome(contrast: Contrast, results: Results) -> Outcome:
-    """The difference of a contrast, and whether it is beyond noise and gap."""
+    """The difference of a contrast, and whether it is beyond the noise and what else it must exceed."""
     # Labels belong to tables; within a contrast two lines may share one.
     lines = [
         dataclasses.replace(line, label=f"{line.run} ({line.suite})") for line in (contrast.first, contrast.second)
     ]
     measured = measure(lines, results)
-    missing = [line.label for line in lines if line.label not in measured.rows]
-    if missing:
-        return Outcome(contrast=contrast, obstacle=f"{' and '.join(missing)} not run")
     estimates = [measured.estimate(line.label, contrast) for line in lines]
+    missing = [line.label for line in lines if line.label not in measured.rows]
+    unmeasured = [line.label for line, found in zip(lines, estimates, strict=True) if found is None]
+    if missing or unmeasured:
+        why = f"{' and '.join(missing)} not run" if missing else f"no number for {' and '.join(unmeasured)}"
+        return Outcome(contrast=contrast, obstacle=why)
+    a, b = (found for found in estimates if found)
     first, second = (measured.rows[line.label] for line in lines)
-    a, b = estimates
-    if a is None or b is None:
-        unmeasured = [line.label for line, found in zip(lines, estimates, strict=True) if found is None]
-        return Outcome(contrast=contrast, obstacle=f"no number for {' and '.join(unmeasured)}")
     values = results.values_of(lines)
     difference = statistics.paired_difference(
         of_seeds(first.jobs, a, values), of_seeds(second.jobs, b, values), exhaustive=a.exhaustive and b.exhaustive
@@ -161,16 +162,23 @@ def outcome(contrast: Contrast, results: Results) -> Outcome:
     return Outcome(
         contrast=contrast,
         difference=difference,
-        reach=_reach(measured.evaluator, first, second) if a.metric == LOG_LIKELIHOOD else 0.0,
+        reach=_reach(contrast, measured),
         obstacle=_obstacle((first, second), (a, b), difference),
         metric=a.metric,
         unit=a.unit,
     )
 
 
-def _reach(evaluator: str, first: MethodRow, second: MethodRow) -> float:
-    certified = any(evaluator in row.certificates for row in (first, second))
-    return certified_reach(evaluator, first, second) if certified else 0.0
+def _reach(contrast: Contrast, measured: Measured) -> float:
+    """Of the two rows that a contrast is about."""
+    if contrast.floor:
+        floor = dataclasses.replace(contrast, metrics=(contrast.floor,))
+        found = [measured.estimate(label, floor) for label in measured.rows]
+        return max((max(0.0, each.value + STANDARD_ERRORS * each.stderr) for each in found if each), default=math.inf)
+    first, second = measured.rows.values()
+    of_log_p = LOG_LIKELIHOOD in contrast.metrics
+    certified = of_log_p and any(measured.evaluator in row.certificates for row in (first, second))
+    return certified_reach(measured.evaluator, first, second) if certified else 0.0
 
 
 def _obstacle(
@@ -184,7 +192,7 @@ def _obstacle(
     doubted = [row.label for row in rows if estimates[0].metric == LOG_LIKELIHOOD and row.untrusted]
     if doubted:
         return f"log p(x) of {' and '.join(doubted)} is untrusted"
-    leader = rows[0] if difference.value > 0 else rows[1]
-    if len(leader.jobs) < len(leader.statuses):
-        return f"a seed of {leader.label} did not end well, and the rest would flatter it"
+    lost = [row.label for row, found in zip(rows, estimates, strict=True) if found.seeds < len(row.statuses)]
+    if lost:
+        return f"not every seed of {' and '.join(lost)} has a number, and the others may flatter it"
     return "one seed" if difference.one_seed else ""

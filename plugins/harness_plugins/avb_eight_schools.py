@@ -139,6 +139,7 @@ def _contrasts(steps: int) -> list[Contrast]:
             group=_group(steps),
             metrics=("kl_to_posterior",),
             evaluator="knn",
+            floor="kl_to_posterior_floor",
         )
         for other in others
     ]
