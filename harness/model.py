@@ -112,12 +112,17 @@ class HasExactDraws(Protocol):
 
 
 @runtime_checkable
-class HasQuantities(Protocol):
+class NamesQuantities(Protocol):
     """A model whose latents have names, or functions that are worth reporting (a scale on its natural scale ...)."""
 
     def quantities(self, z: Tensor) -> dict[str, Tensor]:
         """Scalar functions of a latent by name: (..., D) -> each (...)."""
         ...
+
+
+@runtime_checkable
+class HasQuantities(NamesQuantities, Protocol):
+    """A model whose named quantities have known posterior moments."""
 
     def exact_moments(self, x: Tensor) -> dict[str, tuple[float, float]]:
         """Posterior mean and standard deviation of quantities, where known, for the one observation x (1, *E)."""

@@ -54,10 +54,6 @@ class PyroProblem(PosteriorProblem):
     def observed(self) -> Mapping[str, np.ndarray]:
         """What was observed, by the names of the sites. All of it together is the one observation."""
 
-    def known_moments(self) -> Mapping[str, tuple[float, float]]:
-        """Posterior mean and standard deviation of those quantities for which they are known."""
-        return {}
-
     def observation(self) -> np.ndarray:
         found = [np.asarray(value, dtype=np.float64).ravel() for value in self.observed().values()]
         return np.concatenate(found) if found else np.ones(1)
@@ -69,7 +65,7 @@ class PyroProblem(PosteriorProblem):
 @lru_cache(maxsize=4)
 def _model_of(problem: PyroProblem) -> PyroModel:
     """Made once per process: the program is run several times to see what it is."""
-    return PyroModel(problem.name, problem.pyro_model, problem.observed(), problem.known_moments())
+    return PyroModel(problem.name, problem.pyro_model, problem.observed())
 
 
 class Place(NamedTuple):
@@ -90,7 +86,6 @@ class PyroModel(LatentModel):
         name: For messages.
         program: Called without arguments.
         observed: Values by the names of observed sites.
-        known_moments: Posterior mean and standard deviation of some of the quantities.
 
     Raises:
         UserError: If the program has no density in R^D, or another one at every run: no latent sites or discrete ones,
@@ -99,15 +94,9 @@ class PyroModel(LatentModel):
 
     x: Tensor
 
-    def __init__(
-        self,
-        name: str,
-        program: Program,
-        observed: Mapping[str, np.ndarray],
-        known_moments: Mapping[str, tuple[float, float]] | None = None,
-    ) -> None:
+    def __init__(self, name: str, program: Program, observed: Mapping[str, np.ndarray]) -> None:
         super().__init__()
-        self.name, self.program, self.known_moments = name, program, dict(known_moments or {})
+        self.name, self.program = name, program
         self.shapes = {site: np.shape(value) for site, value in observed.items()}
         flat = [np.asarray(value, dtype=np.float64).ravel() for value in observed.values()]
         self.register_buffer("x", torch.from_numpy(np.concatenate([np.empty(0), *flat])), persistent=False)
@@ -155,10 +144,6 @@ class PyroModel(LatentModel):
         """The elements of all latent and deterministic sites, as the program sees them: (..., D) -> each (...)."""
         elements = self._each(self._quantities, self.x, z.reshape(-1, self.latent_dim))
         return dict(zip(self.names, elements.reshape(*z.shape[:-1], -1).unbind(-1), strict=True))
-
-    def exact_moments(self, x: Tensor) -> dict[str, tuple[float, float]]:
-        """Of those quantities for which they are known."""
-        return dict(self.known_moments)
 
     def _quantities(self, x: Tensor, z: Tensor) -> Tensor:
         _, _, sites = self._run(x, z)

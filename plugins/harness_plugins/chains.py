@@ -24,7 +24,7 @@ from torch import Tensor
 from harness import hookimpl
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
 from harness.method import Fit
-from harness.model import HasQuantities, LatentModel
+from harness.model import LatentModel, NamesQuantities
 from harness.posterior import HasChains
 from harness.problem import Problem
 
@@ -106,7 +106,7 @@ def _measurement(run: EvaluationRun, metric: str, values: Sequence[float], **ext
 
 def quantities(model: LatentModel, chains: Tensor) -> dict[str, np.ndarray]:
     """Scalar functions of draws (C, n, D) by name, each (C, n): those that the model names, or the coordinates."""
-    if isinstance(model, HasQuantities):
+    if isinstance(model, NamesQuantities):
         named = model.quantities(chains)
     else:
         named = {f"z[{i}]": coordinate for i, coordinate in enumerate(chains.unbind(-1))}

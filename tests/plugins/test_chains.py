@@ -94,9 +94,6 @@ class Named(SmallGaussianModel):
     def quantities(self, z: Tensor) -> dict[str, Tensor]:
         return {"scale": z[..., 0].exp(), "one": torch.ones_like(z[..., 0])}
 
-    def exact_moments(self, x: Tensor) -> dict[str, tuple[float, float]]:
-        return {}
-
 
 def test_quantities_are_those_of_the_model_and_what_never_changes_is_left_out(generator: torch.Generator) -> None:
     found = measured(independent(generator, 0.0, 3.0), model=Named())
