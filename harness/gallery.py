@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from harness.method import Fit
-from harness.model import CanSimulate, HasExactDraws, HasQuantities, LatentModel
+from harness.model import CanSimulate, HasExactDraws, LatentModel, NamesQuantities
 from harness.problem import DeviceData
 from harness.seeding import generator
 
@@ -65,7 +65,7 @@ def _of_one_posterior(fit: Fit, x: Tensor, stream: torch.Generator) -> dict[str,
 
 def _quantities(model: LatentModel, z: Tensor) -> dict[str, Tensor]:
     """Each (M,), by name, of latents (M, D)."""
-    if isinstance(model, HasQuantities):
+    if isinstance(model, NamesQuantities):
         return model.quantities(z)
     return {f"z{i + 1}": column for i, column in enumerate(z.unbind(-1))}
 

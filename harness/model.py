@@ -125,7 +125,7 @@ class HasQuantities(NamesQuantities, Protocol):
     """A model whose named quantities have known posterior moments."""
 
     def exact_moments(self, x: Tensor) -> dict[str, tuple[float, float]]:
-        """Posterior mean and standard deviation of quantities, where known, for the one observation x (1, *E)."""
+        """Posterior mean and standard deviation of each quantity, for the one observation x (1, *E)."""
         ...
 
 

@@ -38,9 +38,7 @@ class Moments(DrawsEvaluator):
         if not isinstance(model, HasQuantities):
             raise TypeError(self.needs[1])
         quantities, exact = model.quantities(z), model.exact_moments(target.x)
-        found = {
-            name: _errors(values.double().cpu(), *exact[name]) for name, values in quantities.items() if name in exact
-        }
+        found = {name: _errors(values.double().cpu(), *exact[name]) for name, values in quantities.items()}
         return [
             _largest("mean_error", {name: errors[:2] for name, errors in found.items()}),
             _largest("sd_error", {name: errors[2:] for name, errors in found.items()}),
