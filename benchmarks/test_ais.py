@@ -36,7 +36,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import harness
 from benchmarks.naive_ais import NaiveAIS
-from harness.annealing import Annealing, Kernels, schedule
+from harness.annealing import Annealing, Forces, Kernels, force_precision, schedule
 from harness.estimators import StreamedLogMeanExp
 from harness.evaluator import EvaluationRun, Measurement
 from harness.method import Fit
@@ -75,13 +75,14 @@ def tell(benchmark: BenchmarkFixture, group: str, **facts: Any) -> None:
 # Seconds a transition and their growth, at the size of MNIST
 
 
-def mnist_sized(images: int) -> tuple[Annealing, LatentModel, torch.Tensor]:
+def mnist_sized(images: int, forces: Forces = "auto") -> tuple[Annealing, LatentModel, torch.Tensor]:
     """Path, model and images. Weights are random, since times do not depend on them."""
     with torch.random.fork_rng(devices=[]):
         model = MLPSpec(latent_dim=32).new_model((28, 28))
     x = (torch.rand(images, 28, 28, generator=stream(0)) < 0.2).float()
     start = GaussianStart(torch.ones(images, 32), torch.zeros(images, 32))
-    return Annealing(model, x, start, CHAINS, LEAPFROG, 2**30), model, x
+    precision = force_precision(forces, model, torch.float32, CPU)
+    return Annealing(model, x, start, CHAINS, LEAPFROG, 2**30, precision), model, x
 
 
 def annealed(path: Annealing, transitions: int) -> None:
@@ -90,9 +91,11 @@ def annealed(path: Annealing, transitions: int) -> None:
         path.forward(Kernels(schedule("linear", transitions + 1), steps, LEAPFROG), stream(0))
 
 
-def test_seconds_per_transition(benchmark: BenchmarkFixture) -> None:
+@pytest.mark.parametrize("forces", ["auto", "full"])
+def test_seconds_per_transition(benchmark: BenchmarkFixture, forces: Forces) -> None:
+    """As it is by default, and with nothing in lower precision."""
     transitions = 4
-    path, model, x = mnist_sized(100)
+    path, model, x = mnist_sized(100, forces)
     naive = NaiveAIS(temperatures=transitions, chains=CHAINS, leapfrog=LEAPFROG)
     ours: list[float] = []
     theirs: list[float] = []
@@ -105,7 +108,7 @@ def test_seconds_per_transition(benchmark: BenchmarkFixture) -> None:
     ratios = [b / a for a, b in zip(ours[1:], theirs[1:], strict=True)]
     tell(
         benchmark,
-        "annealing, 100 images of 784 pixels, 16 chains, 10 leapfrog steps",
+        f"annealing, 100 images of 784 pixels, 16 chains, 10 leapfrog steps, forces in {path.forces}",
         ms_per_transition=1000 * statistics.median(ours) / transitions,
         naive_ms_per_transition=1000 * statistics.median(theirs) / transitions,
         ratio=statistics.median(ratios),
