@@ -201,6 +201,7 @@ class Fit:
     Args:
         state: Tensors from which `Method.restore` rebuilds model and posterior.
         parameters: Trainable parameters that the method brought besides the model's.
+        gradient_evaluations: One for each minibatch, whatever it draws, or for each step along a chain's trajectory.
         seconds, curve: Time on the fit clock and training curve; filled in by the job. Empty in a restored fit.
     """
 

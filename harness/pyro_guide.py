@@ -126,7 +126,7 @@ class Guide(nn.Module):
 def negative_elbo(model: LatentModel, guide: Guide, x: Tensor, particles: int, seed: int) -> Tensor:
     """-ELBO as Pyro estimates it, a mean over particles and over x (N, *E); nats. All its noise is that of the seed.
 
-    Pyro's checks of values are off: they would take a third of the time, and what is not finite is found by the loop.
+    Pyro's checks of values are off: they take time at every step, and what is not finite is found by the loop.
     """
     import pyro
     from pyro.infer import Trace_ELBO

@@ -60,15 +60,22 @@ def test_method(method: Method) -> None:
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("method", METHODS)
 def test_method_on_problem(method: Method, problem: Problem) -> None:
+    """Where it fits. A few steps may lead to no approximation (there is no mode to expand around): then it says so."""
     reason = method.unfit(view_of(problem))
     if reason is not None:
         assert reason.strip()
         return
     try:
-        check_method(method, problem)
+        check_method(method, with_small_networks(problem))
     except Diverged as error:  # the loop's own word, or that a search for a mode has found none in five steps
         if "not finite" in str(error) or "objective" in str(error):
             raise
+
+
+def with_small_networks(problem: Problem) -> Problem:
+    """The same posterior problem with networks that take no time; the laws hold for any size."""
+    small = {"width": 16, "pair_width": 16, "pair_depth": 1}
+    return replace(problem, **small) if small.keys() <= problem.config.keys() else problem  # type: ignore[type-var]
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
