@@ -85,7 +85,8 @@ def _line(spec: Tabulated, line: Line, measured: Measured, places: Mapping[str, 
     if row is None:
         return [line.label, *(cells.MISSING for _ in spec.columns), "not run", cells.MISSING]
     shown = [_number(measured, line.label, column, places[column.heading]) for column in spec.columns]
-    return [line.label, *shown, cells.seeds(row), _joined(cells.timing_cell(row.fit_seconds))]
+    label = f"{line.label} {cells.WARNED}" if row.warnings else line.label
+    return [label, *shown, cells.seeds(row), _joined(cells.timing_cell(row.fit_seconds))]
 
 
 def _number(measured: Measured, label: str, column: Column, places: int) -> str:
@@ -114,6 +115,7 @@ def _notes(spec: Tabulated, measured: Measured, results: Results) -> list[str]:
         *_kinds(spec, measured),
         *(notes.excess_note(measured.evaluator, row) for row in rows if row.exceeds),
         *(note for row in rows for note in doubts.of_certificate(row, measured.evaluator)),
+        *(note for row in rows for note in doubts.of_warnings(row)),
         *(notes.mixed_note(*item) for item in mixed({label: rows for label, rows in found.items() if rows}).items()),
         *sources,
     ]

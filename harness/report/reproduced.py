@@ -195,4 +195,7 @@ def _obstacle(
     lost = [row.label for row, found in zip(rows, estimates, strict=True) if found.seeds < len(row.statuses)]
     if lost:
         return f"not every seed of {' and '.join(lost)} has a number, and the others may flatter it"
+    warned = [row.label for row in rows if row.warnings]
+    if warned:
+        return f"a measurement of {' and '.join(warned)} carries a warning"
     return "one seed" if difference.one_seed else ""

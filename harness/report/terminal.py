@@ -24,7 +24,7 @@ _ASCII = str.maketrans(
     {"±": "+-", "≈": "u", "≥": ">", "≳": "s>", "≲": "s<", "→": "c", "Δ": "diff", "·": "|", "…": "...", "°": "'"}
     | {"†": "#", "‡": "##"}
 )
-_DOUBTS = (cells.EXCEEDS, cells.DOUBTED, "mixed")
+_DOUBTS = (cells.EXCEEDS, cells.DOUBTED, cells.WARNED, "mixed")
 """What notes begin with that speak of numbers which are not to be believed."""
 _HEADINGS = {"elbo": "ELBO", "kl_to_prior": "KL to\nprior", "reconstruction": "recon-\nstruction"}
 

@@ -207,6 +207,16 @@ def test_a_run_that_lost_a_seed_decides_nothing(run: str) -> None:
     assert verdict(made).startswith(f"undecided: not every seed of {run} (steps)")
 
 
+def test_a_fit_with_a_warning_decides_nothing_and_is_marked() -> None:
+    made = two_runs(1.0)
+    settings = json.dumps({"warning": "chains disagree"})
+    made.measure("vae", 1, np.array([1.7]), metric="r_hat_max", evaluator="chains", settings=settings, unit="")
+    assert verdict(made) == "undecided: a measurement of vae (steps) carries a warning"
+    [table, *_] = grids(results(made))
+    assert "VAE ‡" in [line[0] for line in table.lines]
+    assert any("chains disagree" in note for note in table.notes)
+
+
 def test_no_difference_below_the_floor_of_an_estimator_is_called_observed() -> None:
     def kl(floor: float) -> Made:
         made = Made()
