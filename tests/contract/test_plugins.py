@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from harness.evaluator import Evaluator
 from harness.method import Method
+from harness.model import CanSimulate, has_standard_normal_prior
 from harness.options import UserError
 from harness.problem import DataError, Dataset, Problem
 from harness.registry import Registry
@@ -35,6 +37,16 @@ PROBLEMS = [
 ]
 
 
+def of_each_kind(problems: list) -> list:
+    """Of the problems with one observation one that simulates and one that does not, with either kind of prior."""
+    found: dict[tuple[bool, bool], Any] = {}
+    for parameter in problems:
+        view = view_of(parameter.values[0])
+        if len(view.validation) == 1:
+            found[isinstance(view.model, CanSimulate), has_standard_normal_prior(view.model)] = parameter
+    return list(found.values())
+
+
 def test_no_plugin_is_broken() -> None:
     assert [plugin for plugin in REGISTRY.plugins if plugin.broken] == []
     assert {"four-points", "digits", "linear-gaussian"} <= {str(parameter.id) for parameter in PROBLEMS}
@@ -52,7 +64,13 @@ def test_method_on_problem(method: Method, problem: Problem) -> None:
     if reason is not None:
         assert reason.strip()
     else:
-        check_method(method, problem)
+        check_method(method, with_small_networks(problem))
+
+
+def with_small_networks(problem: Problem) -> Problem:
+    """The same posterior problem with networks that take no time; the laws hold for any size."""
+    small = {"width": 16, "pair_width": 16, "pair_depth": 1}
+    return replace(problem, **small) if small.keys() <= problem.config.keys() else problem  # type: ignore[type-var]
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
@@ -76,12 +94,22 @@ SMALL = {
 }  # fmt: skip
 
 
+def with_small_settings(evaluator: Evaluator) -> Evaluator:
+    """The laws hold for any number of temperatures, steps and draws, and many take minutes."""
+    small = {name: value for name, value in SMALL.items() if name in evaluator.config}
+    return replace(evaluator, **small)  # type: ignore[type-var]
+
+
 @pytest.mark.parametrize("evaluator", things("evaluators"))
 def test_evaluator(evaluator: Evaluator) -> None:
     """On a posterior with every capability, and on what each registered method gives."""
-    # The laws hold for any number of temperatures, steps and draws, and many take minutes.
-    small = {name: value for name, value in SMALL.items() if name in evaluator.config}
-    evaluator = replace(evaluator, **small)  # type: ignore[type-var]
+    evaluator = with_small_settings(evaluator)
     check_evaluator(evaluator)
     for provided in REGISTRY.methods.values():
         check_evaluator(evaluator, provided.thing, SmallProblem())
+
+
+@pytest.mark.parametrize("problem", of_each_kind(PROBLEMS))
+@pytest.mark.parametrize("evaluator", things("evaluators"))
+def test_evaluator_on_a_single_observation(evaluator: Evaluator, problem: Problem) -> None:
+    check_evaluator(with_small_settings(evaluator), problem=problem)
