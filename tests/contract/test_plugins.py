@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from harness.evaluator import Evaluator
 from harness.experiment import Experiment
 from harness.method import Diverged, Method
+from harness.model import CanSimulate, has_standard_normal_prior
 from harness.options import UserError
 from harness.problem import DataError, Dataset, Problem
 from harness.registry import Registry
@@ -34,6 +36,16 @@ def has_data(problem: Problem) -> bool:
 PROBLEMS = [
     pytest.param(provided.thing, id=name) for name, provided in REGISTRY.problems.items() if has_data(provided.thing)
 ]
+
+
+def of_each_kind(problems: list) -> list:
+    """Of the problems with one observation one that simulates and one that does not, with either kind of prior."""
+    found: dict[tuple[bool, bool], Any] = {}
+    for parameter in problems:
+        view = view_of(parameter.values[0])
+        if len(view.validation) == 1:
+            found[isinstance(view.model, CanSimulate), has_standard_normal_prior(view.model)] = parameter
+    return list(found.values())
 
 
 def test_no_plugin_is_broken() -> None:
@@ -100,15 +112,25 @@ SMALL = {
 }  # fmt: skip
 
 
+def with_small_settings(evaluator: Evaluator) -> Evaluator:
+    """The laws hold for any number of temperatures, steps and draws, and many take minutes."""
+    small = {name: value for name, value in SMALL.items() if name in evaluator.config}
+    return replace(evaluator, **small)  # type: ignore[type-var]
+
+
 @pytest.mark.parametrize("evaluator", things("evaluators"))
 def test_evaluator(evaluator: Evaluator) -> None:
     """On a posterior with every capability, and on what each registered method gives."""
-    # The laws hold for any number of temperatures, steps and draws, and many take minutes.
-    small = {name: value for name, value in SMALL.items() if name in evaluator.config}
-    evaluator = replace(evaluator, **small)  # type: ignore[type-var]
+    evaluator = with_small_settings(evaluator)
     check_evaluator(evaluator)
     for provided in REGISTRY.methods.values():
         check_evaluator(evaluator, with_few_draws(provided.thing))
+
+
+@pytest.mark.parametrize("problem", of_each_kind(PROBLEMS))
+@pytest.mark.parametrize("evaluator", things("evaluators"))
+def test_evaluator_on_a_single_observation(evaluator: Evaluator, problem: Problem) -> None:
+    check_evaluator(with_small_settings(evaluator), problem=problem)
 
 
 @pytest.mark.parametrize("experiment", things("experiments"))

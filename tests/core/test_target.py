@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from torch.nn.functional import elu
 from harness.model import HasEvidence, LatentModel, StandardNormalPrior, has_standard_normal_prior
 from harness.nn import EncoderTrunk, ResidualPairTrunk, count_parameters
 from harness.problem import Problem
+from harness.registry import Registry
 from harness.target import GridDensity, LogDensityModel, PosteriorProblem, WithoutObservation
 from harness.testing import check_problem
 from harness.testing.small import view_of
@@ -116,6 +119,14 @@ def test_a_target_and_a_name_make_a_problem() -> None:
     assert data.train.shape == (1, 1)
     with pytest.raises(AssertionError, match="log_evidence against the mean of p\\(x\\|z\\) over the prior"):
         check_problem(Target(of="wrong"))
+
+
+def test_the_authors_guide_has_a_posterior_problem_that_works(tmp_path: Path) -> None:
+    guide = (Path(__file__).parents[2] / "plugins/README.md").read_text()
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "RingModel" in block]
+    (tmp_path / "ring_example.py").write_text(example)
+    ring = Registry.discover((str(tmp_path / "ring_example.py"),)).problems["ring"].thing
+    check_problem(ring)
 
 
 def test_a_model_that_learns_is_refused() -> None:
