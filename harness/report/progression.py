@@ -95,7 +95,7 @@ def _draw_progression(axes: Axes, found: pd.DataFrame, column: str, colour: Mapp
 
 
 def _scale(panels: Sequence[Axes], found: pd.DataFrame) -> None:
-    """Logarithmic; linear up to the largest value of the floor, which is shaded: as good as exact draws."""
+    """Logarithmic; linear around zero, where the floor is shaded: as good as exact draws."""
     known = np.asarray(found["floor"].dropna(), dtype=float)
     values = np.asarray(found["value"], dtype=float)
     floor = float(known.max()) if len(known) else math.nan
@@ -104,7 +104,7 @@ def _scale(panels: Sequence[Axes], found: pd.DataFrame) -> None:
         for axes in panels:
             axes.axhspan(lowest, floor, color="0.88", linewidth=0, zorder=0, label="as exact draws by this estimator")
     if floor > 0 or lowest < 0:
-        threshold = floor if floor > 0 else max(float(np.abs(values[values <= 0]).max()), SMALLEST)
+        threshold = max(floor if floor > 0 else SMALLEST, -lowest)
         panels[0].set_yscale("symlog", linthresh=threshold, linscale=0.5)
         highest = 2 * max(float(values.max()), threshold)
         panels[0].set_ylim(lowest, highest)
