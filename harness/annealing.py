@@ -40,6 +40,7 @@ from harness.method import Fit
 from harness.model import LatentModel
 from harness.nn import count_parameters
 from harness.posterior import HasPointDensity
+from harness.problem import ScoredSplit
 from harness.starts import NO_DENSITY, GaussianStart, PosteriorStart, PriorStart, Start
 
 Schedule = Literal["sigmoid", "linear"]
@@ -333,14 +334,15 @@ class AnnealedEvaluator(Evaluator):
             return PosteriorStart(sd, fit.posterior, x)
         return GaussianStart(self.widening * sd, mean)
 
-    def annealed(self, fit: Fit, run: EvaluationRun, told: OnMove = lambda *facts: None) -> Weights:
-        """Weights of the scored test observations; all evaluators of a fit with these settings share one run."""
-        return run.once(
-            ("annealed", self.observations, *self.settings().values()), lambda: self._annealed(fit, run, told)
-        )
+    def annealed(
+        self, fit: Fit, run: EvaluationRun, told: OnMove = lambda *facts: None, split: ScoredSplit = "test"
+    ) -> Weights:
+        """Weights of the scored observations; all evaluators of a fit with these settings share one run."""
+        key = ("annealed", split, self.observations, *self.settings().values())
+        return run.once(key, lambda: self._annealed(fit, run.data.scored(self.observations, split)[0], run, told))
 
-    def _annealed(self, fit: Fit, run: EvaluationRun, told: OnMove) -> Weights:
-        path = self.path(fit, run.data.scored(self.observations)[0], run)
+    def _annealed(self, fit: Fit, x: Tensor, run: EvaluationRun, told: OnMove) -> Weights:
+        path = self.path(fit, x, run)
         kernels = self.kernels(path, run.generator("ais", "pilot"))
         return path.forward(kernels, run.generator("ais", "chains"), told)
 

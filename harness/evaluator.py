@@ -39,10 +39,10 @@ class Measurement:
         values: Per observation, shape (N,), float64.
         stderrs: The estimator's standard error per observation, shape (N,); zeros where the value is exact.
         kind: What the number is, as a statement about its own metric.
-        indices: Indices of the observations in the test split, shape (N,).
+        indices: Indices of the observations in their split, shape (N,).
         bounds: Another quantity that the number bounds, e.g. `lower bound on log_likelihood`.
         exhaustive: The observations are the whole population: no test-set error.
-        split: Where the observations are from, unless it is the test split, e.g. `simulated`.
+        split: Where the observations are from: `test`, `validation` or `simulated`.
         settings: The estimator's settings and diagnostics, JSON-compatible.
         traces: Arrays of diagnostics for figures, of any shape, by name.
         warning: Why the fit, or all that is measured of it, is not to be believed; empty if it is. Reports mark it.
@@ -59,7 +59,7 @@ class Measurement:
     bounds: str = ""
     unit: str = "nats"
     exhaustive: bool = False
-    split: str = ""
+    split: str = "test"
     settings: Mapping[str, Any] = field(default_factory=dict)
     traces: Mapping[str, np.ndarray] = field(default_factory=dict)
     warning: str = ""
@@ -125,7 +125,8 @@ class EvaluationRun:
         self, metric: str, values: Tensor, stderrs: Tensor, kind: Kind, indices: Tensor, **extra: Any
     ) -> Measurement:
         """A measurement from tensors, on whatever device."""
-        whole = self.data.spec.exhaustive and len(values) == self.data.test.shape[0] and not extra.get("split")
+        of_test = extra.get("split", "test") == "test"
+        whole = of_test and self.data.spec.exhaustive and len(values) == self.data.test.shape[0]
         return Measurement(
             metric,
             values.detach().double().cpu().numpy(),

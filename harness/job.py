@@ -324,10 +324,9 @@ def _arrays(measurement: Measurement) -> list[tuple[str, np.ndarray]]:
 
 def _columns(measurement: Measurement) -> Facts:
     stderr_test = measurement.stderr_test
-    split = {"split": measurement.split} if measurement.split else {}
     settings = dict(measurement.settings) | ({"warning": measurement.warning} if measurement.warning else {})
     return {
-        **split,
+        "split": measurement.split,
         "metric": measurement.metric,
         "value": measurement.value,
         "kind": measurement.kind,

@@ -29,6 +29,7 @@ _SHARED_SOURCES: tuple[ModuleType, ...] = (model_module, nn_module)
 
 Binarisation = Literal["dynamic", "static", "none"]
 SplitName = Literal["train", "validation", "test"]
+ScoredSplit = Literal["validation", "test"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,14 +143,16 @@ class DeviceData:
 
         return DeviceData(spec, split("train"), frozen("validation"), frozen("test"))
 
-    def scored(self, n: int) -> tuple[Tensor, Tensor]:
-        """The fixed subset of ``n`` test observations that every method is scored on, and its indices.
+    def scored(self, n: int, split: ScoredSplit = "test") -> tuple[Tensor, Tensor]:
+        """The fixed subset of ``n`` observations that every method is scored on, and its indices in its split.
 
-        Subsets of different size are nested, so a larger one refines a smaller one.
+        Subsets of different size are nested, so a larger one refines a smaller one. The validation split is for the
+        choice of settings only.
         """
-        order = torch.randperm(self.test.shape[0], generator=generator(torch.device("cpu"), "scored", self.spec.name))
-        indices = order[:n].sort().values.to(self.test.device)
-        return self.test[indices], indices
+        observations = self.test if split == "test" else self.validation
+        order = torch.randperm(len(observations), generator=generator(torch.device("cpu"), "scored", self.spec.name))
+        indices = order[:n].sort().values.to(observations.device)
+        return observations[indices], indices
 
 
 class ModelSpec(ABC):

@@ -140,7 +140,7 @@ def _arguments(suite: Suite, seeds: Sequence[int], folder: Path) -> dict[str, An
     return {
         "methods": list(suite.methods.values()),
         "problems": suite.problem,
-        "seeds": suite.seeds or seeds,
+        "seeds": suite.seeds or seeds[: suite.most_seeds or None],
         "budget": suite.budget or None,
         "evaluators": suite.evaluators,
         "precision": suite.precision,

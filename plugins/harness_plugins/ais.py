@@ -14,14 +14,19 @@ from harness import hookimpl
 from harness.annealing import AnnealedEvaluator
 from harness.evaluator import EvaluationRun, Measurement
 from harness.method import Fit
-from harness.problem import Problem
+from harness.problem import Problem, ScoredSplit
 
 
 @dataclass(frozen=True, kw_only=True)
 class AIS(AnnealedEvaluator):
-    """`log_likelihood` of any model, whatever its prior, given any posterior that can be sampled."""
+    """`log_likelihood` of any model, whatever its prior, given any posterior that can be sampled.
+
+    Args:
+        split: Which observations are scored: ``test``, or ``validation``, to choose settings by.
+    """
 
     name: str = "ais"
+    split: ScoredSplit = "test"
 
     def undefined(self, fit: Fit, problem: Problem) -> str | None:
         return self.unstartable(fit)
@@ -30,8 +35,8 @@ class AIS(AnnealedEvaluator):
         def told(part: float, acceptance: float, running: float) -> None:
             run.progress(part, f"acceptance {acceptance:.2f}, log p(x) so far {running:.2f}")
 
-        weights = self.annealed(fit, run, told)
-        estimate, indices = weights.estimate(), run.data.scored(self.observations)[1]
+        weights = self.annealed(fit, run, told, self.split)
+        estimate, indices = weights.estimate(), run.data.scored(self.observations, self.split)[1]
         return [
             run.measurement(
                 "log_likelihood",
@@ -39,6 +44,7 @@ class AIS(AnnealedEvaluator):
                 estimate.stderr(),
                 "stochastic lower bound",
                 indices,
+                split=self.split,
                 settings={**self.settings(), **weights.diagnostics()},
                 traces=weights.traces(),
             )

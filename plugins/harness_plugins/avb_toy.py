@@ -5,7 +5,6 @@ Mescheder, Nowozin, Geiger 2017, section 6.1, https://arxiv.org/abs/1701.04722
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 
 from harness import hookimpl
@@ -22,8 +21,8 @@ from harness.experiment import (
     Scale,
     Suite,
     Tabulated,
-    best_run,
 )
+from harness.trials import Trials, at_rates
 
 TRIAL_SEEDS = (100, 101)
 DECAYS = ("0.1", "1")
@@ -69,19 +68,9 @@ class AVBToy(Experiment):
     def suites(self, scale: Scale, done: Done) -> list[Suite]:
         if scale == "paper":
             return [_toy(scale, RELEASED)]
-        trials = Suite(
-            name="trials",
-            problem=PROBLEM[scale],
-            methods={text: text for method in RATES for text in _trials(method, scale)},
-            evaluators="exact",
-            budget=BUDGET[scale],
-            seeds=TRIAL_SEEDS[: 1 if scale == "smoke" else None],
-        )
-        if trials.name not in done:
-            return [trials]
-        records = done[trials.name]
-        best = {method: best_run(records, _trials(method, scale), "log_likelihood") for method in RATES}
-        return [trials, _toy(scale, best)] if all(best.values()) else [trials]
+        trials = _trials(scale)
+        best = trials.best(done)
+        return [trials.suite, _toy(scale, best)] if best else [trials.suite]
 
     def contents(self, scale: Scale) -> Contents:
         tables = [
@@ -94,34 +83,36 @@ class AVBToy(Experiment):
             )
         ]
         return Contents(
-            tables=tables if scale == "paper" else [*tables, _tuning(scale)],
+            tables=tables if scale == "paper" else [*tables, _trials(scale).table(COLUMNS[:1])],
             contrasts=CONTRASTS,
             pictures=[LATENT, Differences(name="differences", caption=DIFFERENCES, groups=[GROUP])],
             remarks=REMARKS[scale],
         )
 
 
-def _trials(method: str, scale: Scale) -> list[str]:
-    """The settings that are tried for a method: as many for each; AVB's adversary learns twice as fast."""
-    rates = RATES[method][: 1 if scale == "smoke" else None]
-    twice = {rate: f",adversary_lr={2 * float(rate):g}" if method == "avb" else "" for rate in rates}
-    return [f"{method}[lr={rate}{twice[rate]},lr_decay={decay}]" for rate, decay in itertools.product(rates, DECAYS)]
+def _trials(scale: Scale) -> Trials:
+    """AVB's adversary learns twice as fast."""
+    tried = 1 if scale == "smoke" else None
+    return Trials(
+        problem=PROBLEM[scale],
+        settings={
+            method: [
+                run
+                for rate in rates[:tried]
+                for decay in DECAYS
+                for run in at_rates(method, [rate], f"lr_decay={decay}", adversary=2.0 if method == "avb" else 0.0)
+            ]
+            for method, rates in RATES.items()
+        },
+        evaluators="exact",
+        budget=BUDGET[scale],
+        seeds=TRIAL_SEEDS[:tried],
+    )
 
 
 def _toy(scale: Scale, methods: dict[str, str]) -> Suite:
     evaluators = "exact,reconstruction,elbo,adversary,aggregate"
     return Suite(name="toy", problem=PROBLEM[scale], methods=methods, evaluators=evaluators, budget=BUDGET[scale])
-
-
-def _tuning(scale: Scale) -> Tabulated:
-    texts = [text for method in RATES for text in _trials(method, scale)]
-    return Tabulated(
-        title="Trials",
-        columns=COLUMNS[:1],
-        lines=[Line(label=text, suite="trials", run=text) for text in texts],
-        about="What was tried: as many settings for either method, with seeds that Table 1 does not use. The best of "
-        "each method, by its mean log p(x), is in Table 1.",
-    )
 
 
 GROUP = "AVB and VAE"

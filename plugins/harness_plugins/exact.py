@@ -26,7 +26,7 @@ from harness.evaluator import EvaluationRun, Evaluator, Measurement
 from harness.method import Diverged, Fit
 from harness.model import HasClosedForm, HasEvidence, LatentModel
 from harness.posterior import HasDensity
-from harness.problem import Problem
+from harness.problem import Problem, ScoredSplit
 
 HALF_WIDTH = 16.0  # of the box; a standard normal density falls by 128 nats from its centre to there
 COARSEST, FIRST_CHECKED = 64, 256  # cells a side: on the first grid, and on the first that may be the last
@@ -41,7 +41,8 @@ class Exact(Evaluator):
     """`log_likelihood` without sampling error, and with it `kl_to_posterior` of posteriors whose density is known.
 
     Args:
-        observations: How many of the fixed scored test observations.
+        observations: How many of the fixed scored observations.
+        split: Which these are from: ``test``, or ``validation``, to choose settings by.
         tolerance: Quadrature: the largest change of any log p(x) at the last doubling of the grid, nats.
         points: Quadrature: most cells along one axis.
         samples: Draws of z per observation for KL(q(z|x) || p(z|x)) = log p(x) - E_q[log p(x, z) - log q(z|x)].
@@ -49,6 +50,7 @@ class Exact(Evaluator):
 
     name: str = "exact"
     observations: PositiveInt = 1000
+    split: ScoredSplit = "test"
     tolerance: PositiveFloat = 1e-4
     points: Annotated[int, Field(ge=FIRST_CHECKED)] = 8192
     samples: Annotated[int, Field(ge=2)] = 100
@@ -59,20 +61,24 @@ class Exact(Evaluator):
         return "needs a closed form or at most 2 latent dimensions"
 
     def measure(self, fit: Fit, problem: Problem, run: EvaluationRun) -> list[Measurement]:
-        x, indices = run.data.scored(self.observations)
+        x, indices = run.data.scored(self.observations, self.split)
         if isinstance(fit.model, HasEvidence):
             method = "closed form" if isinstance(fit.model, HasClosedForm) else "known to the model"
             log_p, settings = fit.model.log_evidence(x).double(), {"method": method}
         else:
             log_p, settings = quadrature(fit.model, x, self.tolerance, self.points)
         zero = torch.zeros_like(log_p)
-        measured = [run.measurement("log_likelihood", log_p, zero, "exact", indices, settings=settings)]
+        measured = [
+            run.measurement("log_likelihood", log_p, zero, "exact", indices, split=self.split, settings=settings)
+        ]
         if isinstance(fit.posterior, HasDensity):
             stream = run.generator(self.name, "posterior")
             elbo, stderr = _elbo(fit.model, fit.posterior, x, self.samples, stream)
             settings = {"samples": self.samples, "log_likelihood": settings["method"]}
             measured.append(
-                run.measurement("kl_to_posterior", log_p - elbo, stderr, "unbiased", indices, settings=settings)
+                run.measurement(
+                    "kl_to_posterior", log_p - elbo, stderr, "unbiased", indices, split=self.split, settings=settings
+                )
             )
         return measured
 

@@ -25,12 +25,12 @@ from harness.experiment import (
     Scale,
     Suite,
     Tabulated,
-    best_run,
     seconds_budget,
 )
 from harness.options import UserError
 from harness.rehearsal import rehearse
 from harness.testing import ConformanceError, check_experiment
+from harness.trials import Trials, at_rates
 
 EXAMPLE = Path(__file__).parents[1] / "distributions/harness-experiment/tiny_toy.py"
 
@@ -65,9 +65,9 @@ def records(*rows: tuple[str, int, str, float, float]) -> pd.DataFrame:
 # What a suite may need of an earlier one
 
 
-def test_the_budget_in_seconds_is_that_of_the_slowest_run() -> None:
+def test_the_budget_in_seconds_shares_the_time_equally() -> None:
     found = records(("avb", 0, "ok", 10.0, 0), ("avb", 1, "ok", 12.349, 0), ("vae", 0, "ok", 4.0, 0))
-    assert seconds_budget(found) == "seconds=11.2"
+    assert seconds_budget(found) == "seconds=7.59"  # the mean of 11.1745 and 4
     assert seconds_budget(records(("avb", 0, "ok", 1234.5, 0))) == "seconds=1230"
     assert seconds_budget(records(("avb", 0, "ok", 0.01234, 0))) == "seconds=0.0123"
 
@@ -79,14 +79,40 @@ def test_failed_fits_and_disturbed_clocks_give_no_seconds() -> None:
     assert seconds_budget(found[found["status"] == "failed"]) == ""
 
 
-def test_the_best_run_has_the_largest_mean_and_has_lost_no_seed() -> None:
-    found = records(
-        ("a", 0, "ok", 1, -2.0), ("a", 1, "ok", 1, -2.2), ("b", 0, "ok", 1, -1.0), ("b", 1, "diverged", 1, -1.0),
-        ("c", 0, "ok", 1, -2.4), ("c", 1, "ok", 1, -2.4),
-    )  # fmt: skip
-    assert best_run(found, ["a", "b", "c"], "log_likelihood") == "a"
-    assert best_run(found, ["c"], "log_likelihood") == "c"
-    assert best_run(found, ["b", "d"], "log_likelihood") == ""
+# Trials
+
+
+def trials(**changed: Any) -> Trials:
+    given: dict[str, Any] = {
+        "problem": "four-points", "settings": {"avb": ["a", "b"], "vae": ["c", "d"]}, "evaluators": "exact",
+        "budget": "steps=5", "seeds": (0, 1),
+    }  # fmt: skip
+    return Trials(**given | changed)
+
+
+FOUND = records(
+    ("a", 0, "ok", 1, -2.0), ("a", 1, "ok", 1, -2.2), ("b", 0, "ok", 1, -1.0), ("b", 1, "diverged", 1, -1.0),
+    ("c", 0, "ok", 1, -2.4), ("c", 1, "ok", 1, -2.4), ("d", 0, "ok", 1, -2.1), ("d", 1, "ok", 1, -2.6),
+)  # fmt: skip
+
+
+def test_the_best_trial_has_the_largest_mean_and_has_lost_no_seed() -> None:
+    assert trials().best({"trials": FOUND}) == {"avb": "a", "vae": "d"}
+    assert trials(lowest=True).best({"trials": FOUND}) == {"avb": "a", "vae": "c"}
+    assert trials(settings={"avb": ["b"], "vae": ["c"]}).best({"trials": FOUND}) == {}
+    assert trials(metric="kl_to_posterior").best({"trials": FOUND}) == {}
+    assert trials().best({}) == {}
+
+
+def test_a_method_has_as_many_trials_as_any_other() -> None:
+    with pytest.raises(ValueError, match="must have as many trials"):
+        trials(settings={"avb": ["a"], "vae": ["c", "d"]})
+
+
+def test_learning_rates_of_adversaries_are_multiples() -> None:
+    assert at_rates("vae", ["1e-3", "0.1"]) == ["vae[lr=1e-3]", "vae[lr=0.1]"]
+    [run] = at_rates("avb", ["3e-4"], "noise_dim=2", adversary=2.0)
+    assert run == "avb[lr=3e-4,adversary_lr=0.0006,noise_dim=2]"
 
 
 # Rehearsal

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import pandas as pd
 import pytest
@@ -38,12 +39,23 @@ def trial_records(suite: Suite, best: dict[str, str], lost: str = "") -> pd.Data
     return pd.DataFrame(rows, columns=[*COLUMNS, "suite", "run"])
 
 
+@pytest.mark.parametrize("experiment", [AVBToy(), AVBDecoders(), AVBEightSchools()])
 @pytest.mark.parametrize("scale", ["smoke", "laptop"])
-def test_the_toys_methods_are_tuned_by_equal_effort_on_other_seeds(scale: Scale) -> None:
-    [trials] = AVBToy().suites(scale, {})
-    tried = [text.partition("[")[0] for text in trials.methods.values()]
-    assert tried.count("avb") == tried.count("vae") > 1
-    assert not set(trials.seeds) & set(range(AVBToy().seeds(scale)))
+def test_methods_are_tuned_by_equal_effort_on_other_seeds(experiment: Experiment, scale: Scale) -> None:
+    trials = [suite for name, suite in all_suites(experiment, scale).items() if name.endswith("trials")]
+    assert trials
+    for suite in trials:
+        tried = Counter(text.partition("[")[0] for text in suite.methods.values())
+        assert len(set(tried.values())) == 1
+        assert set(tried) >= {"avb"}
+        assert not set(suite.seeds) & set(range(experiment.seeds(scale)))
+
+
+def test_settings_are_chosen_by_validation_images() -> None:
+    for latent_dim in (2, 8):
+        trials = all_suites(AVBDecoders(), "laptop")[f"{latent_dim}-trials"]
+        [(_, options)] = parse_selection(trials.evaluators)
+        assert options["split"] == "validation"
 
 
 def test_the_toy_is_run_with_the_best_trials() -> None:
@@ -62,7 +74,8 @@ def test_the_toy_is_run_with_the_best_trials() -> None:
 def test_at_equal_seconds_everything_but_the_budget_is_the_same(experiment: Experiment, scale: Scale) -> None:
     suites = all_suites(experiment, scale)
     by_steps = [suite for name, suite in suites.items() if name.endswith("equal-steps")]
-    assert len(by_steps) * 2 == len(suites)
+    by_seconds = [suite for name, suite in suites.items() if name.endswith("equal-seconds")]
+    assert len(by_steps) == len(by_seconds) > 0
     for steps in by_steps:
         seconds = suites[steps.name.replace("steps", "seconds")]
         assert seconds.budget.startswith("seconds=")
@@ -74,7 +87,9 @@ def test_at_equal_seconds_everything_but_the_budget_is_the_same(experiment: Expe
 @pytest.mark.parametrize("experiment", [AVBDecoders(), AVBDecoders(problem="mnist"), AVBMnist()])
 @pytest.mark.parametrize("scale", SCALES)
 def test_log_p_is_exact_or_certified_with_the_same_settings(experiment: Experiment, scale: Scale) -> None:
-    for suite in all_suites(experiment, scale).values():
+    for name, suite in all_suites(experiment, scale).items():
+        if name.endswith("trials"):
+            continue
         evaluators = dict(parse_selection(suite.evaluators))
         dimensions = int(parse_selection(suite.problem)[0][1]["latent_dim"])
         if dimensions <= 2:
