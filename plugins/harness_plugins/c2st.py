@@ -5,9 +5,7 @@ r"""The classifier two-sample test: how often a network tells draws of q(z|x) fr
 whatever the classifier: one half where they cannot be told apart, 1 where they never overlap. Lopez-Paz and Oquab 2017,
 https://arxiv.org/abs/1610.06545; in the form of sbibm: draws in units of the exact posterior's standard deviations, two
 hidden layers of 10 D units, five folds (Lueckmann, Boelts, Greenberg, Goncalves, Macke 2021,
-https://arxiv.org/abs/2101.04653). A departure: sbibm trains until the training loss stands still, here a tenth of the
-training draws decides when to stop. With 1,000 draws in ten dimensions that loss stands still after some 470 epochs of
-fitting noise, which takes twenty times as long and tells q from p no better.
+https://arxiv.org/abs/2101.04653).
 """
 
 from __future__ import annotations
@@ -70,7 +68,7 @@ def held_out(draws: np.ndarray, labels: np.ndarray, width: int, folds: int, epoc
 
         warnings.simplefilter("ignore", ConvergenceWarning)  # a network that was stopped is a classifier too
         for train, test in StratifiedKFold(folds, shuffle=True, random_state=seed).split(draws, labels):
-            classifier = MLPClassifier((width, width), max_iter=epochs, early_stopping=True, random_state=seed)
+            classifier = MLPClassifier((width, width), max_iter=epochs, random_state=seed)
             classifier.fit(draws[train], labels[train])
             right[test] = classifier.predict(draws[test]) == labels[test]
     return right
