@@ -76,7 +76,7 @@ def compare(
     out: str | Path = DEFAULT_OUT,
     plugins: Iterable[str | Path] = (),
     retry: Iterable[str] = (),
-    stop_after: float | str | None = None,
+    stop_after: float | str | Stop | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Fit every method to every problem from every seed, measure all fits alike, and keep everything under ``out``.
@@ -90,7 +90,7 @@ def compare(
         budget: ``steps=5000`` and the like for all problems; each problem's own default unless given.
         retry: Statuses (``failed`` ...) of finished jobs that are to be tried again.
         stop_after: Seconds after which this run ends at the next checkpoint, or before the next job or measurement; the
-            same call goes on from there. To the end unless given.
+            same call goes on from there. To the end unless given. Several calls may share a `Stop`.
 
     Returns:
         The records of this comparison, one row per measurement.
@@ -99,7 +99,7 @@ def compare(
         UserError: For any mistake in the arguments, before anything is run.
         Stopped: If the run has ended before its work was done; a KeyboardInterrupt.
     """
-    stop = _stop(stop_after)
+    stop = stopping(stop_after)
     comparison = resolve(methods, problems, seeds, budget, evaluators, device, precision, plugins, retry)
     return _execute(comparison, Store.create(out), progress or Silent(), stop)
 
@@ -119,7 +119,7 @@ def plan(
     stop_after: float | str | None = None,
 ) -> list[PlannedJob]:
     """Every job that `compare` with the same arguments would look at, done or not; runs none and writes nothing."""
-    _stop(stop_after)
+    stopping(stop_after)
     comparison = resolve(methods, problems, seeds, budget, evaluators, device, precision, plugins, retry)
     return [comparison.planned(job, Store(out)) for job in comparison.jobs]
 
@@ -130,21 +130,27 @@ def evaluate(
     *,
     device: str = "auto",
     plugins: Iterable[str | Path] = (),
+    stop_after: float | str | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Measure all stored fits of a folder by further evaluators; nothing is trained.
 
     Fits whose method, problem or data have changed since are left out, with a warning in the log.
 
+    Args:
+        stop_after: Seconds after which this run ends before the next measurement. To the end unless given.
+
     Raises:
         UserError: If the folder holds no results, or for any mistake in the arguments.
+        Stopped: If the run has ended before its work was done; a KeyboardInterrupt.
     """
+    stop = stopping(stop_after)
     store, registry = Store.open(out), Registry.discover(plugins)
     chosen: list[Evaluator] = select(registry, "evaluators", evaluators)
     place = find_device(device)
     facts = [store.job(job_id) for job_id in store.job_ids()]
     jobs = [job for found in facts if found and found["status"] == "ok" and (job := stored_job(registry, found, place))]
-    return _execute(Comparison(registry, jobs, chosen, place), store, progress or Silent(), Stop())
+    return _execute(Comparison(registry, jobs, chosen, place), store, progress or Silent(), stop)
 
 
 def fit(
@@ -214,10 +220,8 @@ def _execute(comparison: Comparison, store: Store, progress: Progress, stop: Sto
 
     def work(task: tuple[Job, PlannedJob]) -> None:
         job, entry = task
-        number = next(counter)
-        if number > 1:  # a run gets something done, however short its time
-            stop.obey()
-        progress.job_started(number, entry)
+        stop.before_job()
+        progress.job_started(next(counter), entry)
         comparison.registry.notify("harness_job_started", job=job)
         outcome = run_job(
             job,
@@ -242,7 +246,14 @@ def _execute(comparison: Comparison, store: Store, progress: Progress, stop: Sto
     return _of(comparison, records)
 
 
-def _stop(after: float | str | None) -> Stop:
+def stopping(after: float | str | Stop | None) -> Stop:
+    """The stop that is asked for as on the command line.
+
+    Raises:
+        UserError: If it is no positive number of seconds.
+    """
+    if isinstance(after, Stop):
+        return after
     return Stop() if after is None else Stop(parse_seconds("stop-after", after))
 
 

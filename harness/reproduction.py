@@ -13,7 +13,7 @@ from typing import Any, get_args
 import pandas as pd
 
 from harness import environment
-from harness.comparison import Progress, compare, plan
+from harness.comparison import Progress, compare, plan, stopping
 from harness.experiment import Experiment, Scale, Suite
 from harness.options import UserError, parse_seeds, seeds_text, unknown
 from harness.planning import select
@@ -49,6 +49,7 @@ def reproduce(
     out: str | Path | None = None,
     plugins: Iterable[str | Path] = (),
     retry: Iterable[str] = (),
+    stop_after: float | str | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Run an experiment of a paper and write its report under ``out``; what is done already is not done again.
@@ -59,12 +60,14 @@ def reproduce(
         scale: ``smoke``, ``laptop`` or ``paper``.
         out: ``results/NAME`` unless given.
         retry: Statuses (``failed`` ...) of finished jobs that are to be tried again.
+        stop_after: As in `harness.compare`, for all suites together.
 
     Returns:
         The records of all suites, one row per measurement, with the columns ``suite`` and ``run``.
 
     Raises:
         UserError: For any mistake in the arguments, before anything is run.
+        Stopped: If the run has ended before its work was done; a KeyboardInterrupt.
     """
     made = run(
         experiment,
@@ -74,6 +77,7 @@ def reproduce(
         out=out,
         plugins=plugins,
         retry=retry,
+        stop_after=stop_after,
         progress=progress,
     )
     return made.records
@@ -88,10 +92,11 @@ def run(
     out: str | Path | None,
     plugins: Iterable[str | Path],
     retry: Iterable[str],
+    stop_after: float | str | None,
     progress: Progress | None,
 ) -> Reproduction:
     """As `reproduce`, with everything that the report was made of."""
-    plugins, retry = tuple(plugins), tuple(retry)
+    plugins, retry, stop = tuple(plugins), tuple(retry), stopping(stop_after)
     registry = Registry.discover(plugins)
     chosen, at = _one(registry, experiment), _scale(scale)
     numbers = parse_seeds(chosen.seeds(at) if seeds is None else seeds)
@@ -102,7 +107,7 @@ def run(
         plan(**_arguments(suite, numbers, folder), **common)
     ran: dict[str, Ran] = {}
     while suite := _next(chosen, at, ran):
-        records = compare(**_arguments(suite, numbers, folder), **common, progress=progress)
+        records = compare(**_arguments(suite, numbers, folder), **common, stop_after=stop, progress=progress)
         named, store = _named(records, suite, registry), Store(folder / suite.name)
         ran[suite.name] = Ran(suite=suite, records=named, store=store)
     results = Results(

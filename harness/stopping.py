@@ -29,6 +29,7 @@ class Stop:
         self.signal: int | None = None
         self._end = time.monotonic() + after
         self._watched = False
+        self._begun = False
 
     def asked(self) -> bool:
         self._watched = True
@@ -42,6 +43,16 @@ class Stop:
         """
         if self.asked():
             raise Stopped("interrupted" if self.signal is not None else f"stopped after {self.after:g} seconds")
+
+    def before_job(self) -> None:
+        """Obey, except before the first job: a run gets something done, however short its time.
+
+        Raises:
+            Stopped: If the run is to end.
+        """
+        if self._begun:
+            self.obey()
+        self._begun = True
 
     @contextmanager
     def interrupts_wait(self) -> Iterator[None]:

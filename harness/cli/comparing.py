@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from harness.cli.parsing import StrictCommand, one_line
-from harness.cli.suite import Arguments, comparison_options, plugin_option
+from harness.cli.suite import Arguments, comparison_options, plugin_option, stop_option
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,15 +59,18 @@ def plan(asked: Arguments, as_json: bool) -> int:
 @click.argument("folder", metavar="DIR")
 @click.option("--evaluators", metavar="NAMES", required=True, help="Evaluators: 'importance[samples=10000],elbo'.")
 @click.option("--device", metavar="NAME", default="auto", help="auto, cpu or cuda.  [default: auto]")
+@stop_option
 @plugin_option
-def evaluate(folder: str, evaluators: str, device: str, plugin: tuple[str, ...]) -> int:
+def evaluate(folder: str, evaluators: str, device: str, stop_after: str | None, plugin: tuple[str, ...]) -> int:
     """Measure the stored fits of DIR; train nothing."""
     from harness import comparison
     from harness.cli.progress import shown
     from harness.options import UserError
     from harness.store import Store
 
-    records = comparison.evaluate(folder, evaluators, device=device, plugins=plugin, progress=shown())
+    records = comparison.evaluate(
+        folder, evaluators, device=device, plugins=plugin, stop_after=stop_after, progress=shown()
+    )
     if records.empty:
         raise UserError(
             f"{folder!r} has no stored fit that can be measured; `harness compare --out {folder}` makes them"

@@ -8,7 +8,7 @@ import click
 
 from harness.cli.comparing import told_failures
 from harness.cli.parsing import StrictCommand
-from harness.cli.suite import plugin_option
+from harness.cli.suite import plugin_option, stop_option
 
 if TYPE_CHECKING:
     from harness.reproduction import Reproduction
@@ -21,9 +21,17 @@ if TYPE_CHECKING:
 @click.option("--device", metavar="NAME", default="auto", help="auto, cpu or cuda.  [default: auto]")
 @click.option("--out", metavar="DIR", help="Folder of results; what it has is not done again.  [default: results/NAME]")
 @click.option("--retry", metavar="STATUSES", help="Try again what ended so: failed,diverged.")
+@stop_option
 @plugin_option
 def reproduce(
-    name: str, seeds: str | None, scale: str, device: str, out: str | None, retry: str | None, plugin: tuple[str, ...]
+    name: str,
+    seeds: str | None,
+    scale: str,
+    device: str,
+    out: str | None,
+    retry: str | None,
+    stop_after: str | None,
+    plugin: tuple[str, ...],
 ) -> int:
     """Run an experiment of a paper; print its tables, write a report.
 
@@ -35,7 +43,15 @@ def reproduce(
 
     statuses = [status.strip() for status in retry.split(",")] if retry else []
     made = reproduction.run(
-        name, seeds=seeds, scale=scale, device=device, out=out, plugins=plugin, retry=statuses, progress=shown()
+        name,
+        seeds=seeds,
+        scale=scale,
+        device=device,
+        out=out,
+        plugins=plugin,
+        retry=statuses,
+        stop_after=stop_after,
+        progress=shown(),
     )
     return _conclude(made)
 

@@ -77,6 +77,11 @@ def plugin_option(command: Callable[..., int]) -> Callable[..., int]:
     return click.option("--plugin", metavar=key.metavar, multiple=True, help=key.help)(command)
 
 
+def stop_option(command: Callable[..., int]) -> Callable[..., int]:
+    key = _KEYS["stop-after"]
+    return click.option("--stop-after", metavar=key.metavar, help=key.help)(command)
+
+
 def comparison_options(command: Callable[..., int]) -> Callable[..., int]:
     """The options that `compare` and `plan` share; the command gets them, with the suite's, as ``asked``."""
 

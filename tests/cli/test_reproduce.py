@@ -112,6 +112,21 @@ def test_a_failed_job_is_told_and_the_rest_goes_on(run: Run) -> None:
     assert err.count("started") == 1
 
 
+def test_an_experiment_may_be_split_over_several_runs(run: Run) -> None:
+    """Each gets something done and stops; the last one, which has nothing left to do, reports."""
+    words = ["reproduce", "tiny-toy[steps=5]", "--scale", "smoke", *PLUGIN, "--seeds", "1", "--out", "here"]
+    codes: list[int] = []
+    while not codes or codes[-1] == 130:
+        assert len(codes) < 40
+        code, out, err = run(*words, "--stop-after", "1e-9")
+        codes.append(code)
+        assert ("stopped after 1e-09 seconds" in err) == (code == 130) == (out == "")
+        assert Path("here/report.md").exists() == (code == 0)
+    assert codes[-1] == 0
+    assert len(codes) > 3  # two methods, then one method in the first one's seconds
+    assert {"equal-steps", "equal-seconds"} <= {path.name for path in Path("here").iterdir()}
+
+
 def test_a_later_suite_that_cannot_be_run_is_refused_before_the_first(run: Run) -> None:
     source = EXAMPLE.read_text().replace('methods={"vae": "vae"}', 'methods={"vae": "vea"}')
     Path("tiny_toy.py").write_text(source)

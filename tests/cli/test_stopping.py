@@ -130,6 +130,17 @@ def test_a_run_stops_when_its_time_is_up(run: Run) -> None:
     assert err.count("resumed at step 1") == 1
 
 
+def test_measurements_stop_when_their_time_is_up(run: Run) -> None:
+    assert run("compare", "--methods", "vae,vae[lr=0.01]", *WORDS, "--out", "here")[0] == 0
+    words = ["evaluate", "here", "--evaluators", "importance[samples=20]"]
+    code, _, err = run(*words, "--stop-after", "1e-9")
+    assert code == 130
+    assert err.splitlines()[-1] == f"harness: stopped after 1e-09 seconds{GOES_ON}"
+    measured = Store("here").records()["evaluator"].str.startswith("importance[").sum()
+    assert run(*words)[0] == 0
+    assert 0 < measured < Store("here").records()["evaluator"].str.startswith("importance[").sum()
+
+
 KILLED = """
 import sys
 from harness import checkpoint

@@ -40,6 +40,13 @@ def test_a_run_ends_when_its_time_is_up() -> None:
         hurried.obey()
 
 
+def test_a_run_gets_something_done_however_short_its_time() -> None:
+    stop = Stop(after=0)
+    stop.before_job()
+    with pytest.raises(Stopped):
+        stop.before_job()
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_an_interrupt_waits_until_the_run_obeys(number: signal.Signals, received: list[int]) -> None:
     stop = Stop()
