@@ -24,12 +24,12 @@ from harness.experiment import (
     seconds_budget,
 )
 
-LATENT_DIMS: dict[Scale, tuple[int, ...]] = {"smoke": (8,), "laptop": (8, 32), "paper": (8, 32)}
+LATENT_DIMS: dict[Scale, tuple[int, ...]] = {"smoke": (8,), "laptop": (32,), "paper": (8, 32)}
 MODEL: dict[Scale, str] = {"smoke": ",width=32", "laptop": "", "paper": ",model=conv1"}
 STEPS: dict[Scale, int] = {"smoke": 20, "laptop": 20_000, "paper": 2_500_000}
 ANNEALING: dict[Scale, str] = {
     "smoke": "chains=4,temperatures=20",
-    "laptop": "chains=8,temperatures=300",
+    "laptop": "chains=4,temperatures=300",
     "paper": "chains=8,temperatures=2000",
 }
 SCORED: dict[Scale, tuple[int, int]] = {"smoke": (20, 20), "laptop": (1000, 100), "paper": (2000, 200)}
