@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harness import hookimpl
-from harness.annealing import AnnealedEvaluator
+from harness.annealed import AnnealedEvaluator
 from harness.evaluator import EvaluationRun, Measurement
 from harness.method import Fit
 from harness.problem import Problem, ScoredSplit

@@ -26,15 +26,14 @@ from harness.experiment import (
 from harness.trials import Trials
 
 LABELS = {"vae": "VAE", "iaf": "VAE with IAF", "avb": "AVB", "avb-ac": "AVB with AC"}
-RATES = ("lr=1e-2", "lr=1e-3", "lr=3e-3", "lr=2e-2")
-ADVERSARIAL_RATES = (
-    "lr=1e-2,adversary_lr=2e-3",
-    "lr=1e-3,adversary_lr=2e-3",
-    "lr=2e-3,adversary_lr=4e-3",
-    "lr=4e-3,adversary_lr=2e-3",
-)
-TRIED = {"vae": RATES, "iaf": RATES, "avb": ADVERSARIAL_RATES, "avb-ac": ADVERSARIAL_RATES}
-"""As many for each method. Adversaries of digits fail from rates of about 4e-3; encoders and decoders bear more."""
+ADVERSARIAL_RATES = ("lr=1e-2,adversary_lr=2e-3", "lr=1e-3,adversary_lr=2e-3")
+TRIED = {
+    "vae": ("lr=7e-3", "lr=1e-3"),
+    "iaf": ("lr=3e-3", "lr=1e-3"),
+    "avb": ADVERSARIAL_RATES,
+    "avb-ac": ADVERSARIAL_RATES,
+}
+"""As many for each method."""
 LATENT_DIMS = {"digits": (2, 8), "mnist": (8, 32)}
 STEPS: dict[Scale, int] = {"smoke": 20, "laptop": 20_000, "paper": 200_000}
 TRIAL_SEED = 100
@@ -200,8 +199,10 @@ def _contrasts(latent_dim: int) -> list[Contrast]:
 REMARKS = [
     "All methods have the same decoder with the same initial weights, the same trunks and the same minibatches.",
     (
-        "Learning rates fall to a tenth over the last 60 % of a budget; each method's were chosen among as many, "
-        "by log p(x) of validation images after fits from another seed."
+        "Learning rates fall to a tenth over the last 60 % of a budget. Each method's were chosen among two, by log "
+        "p(x) of validation images after fits of the same length from another seed. The two are the best that was "
+        "found there before with two latent dimensions, among 14 settings of the VAE and 18 of AVB (learning rates, "
+        "their decay, clipping; the adversary's learning rate, steps and width), and 1e-3 with 2e-3 for adversaries."
     ),
     (
         "At equal seconds every method has the seconds that a fit took at equal steps, averaged over the methods: the "

@@ -226,8 +226,8 @@ REMARKS = [
     ),
 ]
 SMALLER = (
-    "The adversary has two residual blocks of 128 units, where the released code has five of 256: six times faster on a "
-    "CPU, so that as many steps as in the paper, 10,000, take a minute or two."
+    "The adversary has two residual blocks of 128 units, where the released code has five of 256: six times faster on "
+    "a CPU, so that as many steps as in the paper, 10,000, take a minute or two."
 )
 SIZES: dict[Scale, str] = {
     "smoke": "Scale smoke only shows that the experiment works: 100 steps train nothing.",

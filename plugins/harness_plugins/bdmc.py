@@ -18,7 +18,8 @@ from pydantic import PositiveFloat
 from torch import Tensor
 
 from harness import hookimpl
-from harness.annealing import AnnealedEvaluator, OnMove
+from harness.annealed import AnnealedEvaluator
+from harness.annealing import OnMove
 from harness.evaluator import EvaluationRun, Kind, Measurement
 from harness.method import Fit
 from harness.model import CanSimulate, HasEvidence

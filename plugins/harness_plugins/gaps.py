@@ -36,7 +36,7 @@ from torch.optim.lr_scheduler import LinearLR
 from torch.optim.swa_utils import AveragedModel
 
 from harness import discrimination, hookimpl
-from harness.annealing import AnnealedEvaluator
+from harness.annealed import AnnealedEvaluator
 from harness.estimators import observation_blocks, posterior_means, sample_blocks
 from harness.evaluator import EvaluationRun, Kind, Measurement
 from harness.method import Fit

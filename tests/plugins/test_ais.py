@@ -229,7 +229,7 @@ def test_settings_diagnostics_and_traces_are_recorded(oracle) -> None:
         "log_likelihood",
         "stochastic lower bound",
         "",
-        "",
+        "test",
     )
     settings = dict(measured.settings)
     json.dumps(settings, allow_nan=False)
