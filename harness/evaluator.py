@@ -44,7 +44,8 @@ class Measurement:
         exhaustive: The observations are the whole population: no test-set error.
         split: Where the observations are from: `test`, `validation` or `simulated`.
         settings: The estimator's settings and diagnostics, JSON-compatible.
-        traces: Arrays of diagnostics for figures, of any shape, by name.
+        traces: Arrays of diagnostics for figures, of any shape, by name; nan where unknown, infinity for what is beyond
+            all measure (a k-hat where one weight is everything).
         warning: Why the fit, or all that is measured of it, is not to be believed; empty if it is. Reports mark it.
 
     Raises:

@@ -89,6 +89,7 @@ def _check_traces(what: str, traces: Mapping[str, np.ndarray], again: Mapping[st
         require(
             numeric, f"{what}: trace {name!r} must be an array of numbers, got {getattr(trace, 'dtype', type(trace))}"
         )
-        require(not bool(np.isinf(trace).any()), f"{what}: trace {name!r} is infinite somewhere; nan means unknown")
+        least = f"{what}: trace {name!r} is minus infinity somewhere; nan means unknown, infinity beyond all measure"
+        require(not bool(np.isneginf(trace).any()), least)
         same = np.array_equal(trace, again[name], equal_nan=trace.dtype.kind == "f")
         require(same, f"{what}: measuring the same fit twice gives different traces {name!r}")

@@ -400,7 +400,7 @@ class FaultyEvaluator(Evaluator):
             indices = indices + 1000
         traces: dict[str, Any] = {
             "text": {"notes": np.array(["fine"])},
-            "infinite": {"curve": np.array([1.0, np.inf])},
+            "infinite": {"curve": np.array([1.0, -np.inf])},
             "random trace": {"curve": np.array([random.SystemRandom().random()])},
             "unknown": {"curve": np.array([1.0, np.nan]), "counts": np.arange(3)},
         }.get(self.fault, {})
@@ -421,7 +421,7 @@ class FaultyEvaluator(Evaluator):
         ("indices", "indices must be distinct"),
         ("outside", "indices must lie within the test split"),
         ("text", "trace 'notes' must be an array of numbers, got <U4"),
-        ("infinite", "trace 'curve' is infinite somewhere"),
+        ("infinite", "trace 'curve' is minus infinity somewhere"),
         ("random trace", "measuring the same fit twice gives different traces 'curve'"),
         ("exact", "an exact number has no standard error"),
         ("nothing", "no measurement; say why"),

@@ -15,7 +15,6 @@ from harness.options import UserError
 from harness.problem import DataError, Dataset, Problem
 from harness.registry import Registry
 from harness.testing import (
-    ConformanceError,
     check_dataset,
     check_evaluator,
     check_experiment,
@@ -137,11 +136,11 @@ def test_evaluator(evaluator: Evaluator) -> None:
 @pytest.mark.parametrize("problem", of_each_kind(PROBLEMS))
 @pytest.mark.parametrize("evaluator", things("evaluators"))
 def test_evaluator_on_a_single_observation(evaluator: Evaluator, problem: Problem) -> None:
-    """The known posterior may be so far off that one weight is everything, and its k-hat infinite: then it says so."""
+    """The known posterior may be so far off that one weight is everything: of its own k-hat there is no number then."""
     try:
         check_evaluator(with_small_settings(evaluator), problem=problem)
-    except (Diverged, ConformanceError) as error:
-        if "k_hat" not in str(error):
+    except Diverged as error:
+        if not (evaluator.name == "psis" and "a few weights are everything" in str(error)):
             raise
 
 
