@@ -58,7 +58,7 @@ def reproduce(
         experiment: As on the command line (``"avb-decoders[model=conv1]"``), or an object.
         seeds: How many (0, 1, ...), or which; the experiment's own number unless given.
         scale: ``smoke``, ``laptop`` or ``paper``.
-        out: ``results/NAME`` unless given.
+        out: ``results/NAME`` unless given, with the scale in the name if it is not laptop.
         retry: Statuses (``failed`` ...) of finished jobs that are to be tried again.
         stop_after: As in `harness.compare`, for all suites together.
 
@@ -100,7 +100,7 @@ def run(
     registry = Registry.discover(plugins)
     chosen, at = _one(registry, experiment), _scale(scale)
     numbers = parse_seeds(chosen.seeds(at) if seeds is None else seeds)
-    folder = Path(out) if out is not None else Path("results") / _folder(chosen.label)
+    folder = Path(out) if out is not None else Path("results") / _folder(chosen.label, at)
     common = {"device": device, "plugins": plugins, "retry": retry}
     *_, suites = rehearse(chosen, at)
     for suite in suites:  # mistakes are told of before anything is run, in later suites too
@@ -135,9 +135,10 @@ def _scale(text: str) -> Scale:
     return text  # type: ignore[return-value]
 
 
-def _folder(label: str) -> str:
-    """A folder's name from the experiment with its options: each choice of options has its own."""
-    return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+def _folder(label: str, scale: Scale) -> str:
+    """A folder's name from the experiment with its options and its scale: each choice has its own."""
+    text = label if scale == DEFAULT_SCALE else f"{label} {scale}"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def _arguments(suite: Suite, seeds: Sequence[int], folder: Path) -> dict[str, Any]:

@@ -36,7 +36,8 @@ def reproduce(
     """Run an experiment of a paper; print its tables, write a report.
 
     NAME may have options: 'avb-decoders[problem=mnist]'; `harness list experiments` shows what there is. Each suite of
-    the experiment has a folder below DIR; the report, its figures and a summary are in DIR.
+    the experiment has a folder below DIR; the report, its figures and a summary are in DIR. The default
+    NAME names the scale too, if it is not laptop.
     """
     from harness import reproduction
     from harness.cli.progress import shown

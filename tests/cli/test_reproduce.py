@@ -70,7 +70,7 @@ def test_an_experiment_is_run_reported_and_not_run_twice(run: Run) -> None:
     done = subprocess.run([HARNESS, *words], capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("started") == 6  # two methods and two seeds, then one method in the first one's seconds
-    folder = Path("results/tiny-toy-steps-5")
+    folder = Path("results/tiny-toy-steps-5-smoke")
     assert set(contents(folder)) == {"report.md", "summary.csv", "latent.png", "differences.png"}
     for suite, runs in (("equal-steps", {"avb", "vae"}), ("equal-seconds", {"vae"})):
         assert set(pd.read_csv(folder / suite / "records.csv")["method"]) == runs
