@@ -40,7 +40,7 @@ TRIAL_SEED = 100
 TIMED_SEEDS = 3
 ANNEALING: dict[Scale, str] = {
     "smoke": "chains=4,temperatures=20",
-    "laptop": "chains=16,temperatures=500",
+    "laptop": "chains=8,temperatures=200",
     "paper": "chains=16,temperatures=2000",
 }
 TRIAL_ANNEALING: dict[Scale, str] = {
