@@ -14,6 +14,7 @@ from harness.method import Diverged, Fit
 from harness.model import DecoderModel, LatentModel
 from harness.problem import placed
 from harness.seeding import Streams
+from harness_plugins.ais import AIS
 from harness_plugins.exact import Exact, NotConverged, quadrature
 from harness_plugins.four_points import FourPoints
 from harness_plugins.linear_gaussian import LinearGaussianModel
@@ -157,3 +158,23 @@ class Opaque(LatentModel):
 def test_exact_needs_a_closed_form_or_a_small_latent_space(oracle, model: LatentModel, defined: bool) -> None:
     reason = Exact().undefined(oracle.fit(oracle.implicit(), model), oracle.problem)
     assert reason == (None if defined else "needs a closed form or at most 2 latent dimensions")
+
+
+def test_settings_are_chosen_by_validation_data(oracle) -> None:
+    """By the same evaluators, and the record says so; the test split is not looked at."""
+    validation, test = oracle.run.data.validation, oracle.run.data.test
+    for evaluator in (
+        Exact(split="validation", observations=7),
+        AIS(split="validation", observations=7, temperatures=40),
+    ):
+        found = evaluator.measure(oracle.fit(oracle.mean_field()), oracle.problem, oracle.run)[0]
+        assert (found.metric, found.split, found.exhaustive, len(found.values)) == (
+            "log_likelihood",
+            "validation",
+            False,
+            7,
+        )
+        expected = oracle.model.log_evidence(validation[found.indices]).numpy()
+        np.testing.assert_allclose(found.values, expected, atol=0.2)
+        other = oracle.model.log_evidence(test[found.indices]).numpy()
+        assert np.abs(found.values - other).max() > 0.2
