@@ -202,8 +202,8 @@ REMARKS = [
         "p(x) of validation images after fits of the same length from another seed. The two are the best that was "
         "found there before with two latent dimensions, among 14 settings of the VAE and 18 of AVB (learning rates, "
         "their decay, clipping; the adversary's learning rate, steps and width), and 1e-3 with 2e-3 for adversaries. "
-        "With adaptive contrast 1e-2 was the best there too, and was given up: on seed 0 of the comparison it ended at a "
-        "log p(x) of -27.1, with two latent dimensions."
+        "With adaptive contrast 1e-2 was the best there too, and was given up: on seed 0 of the comparison it ended at "
+        "a log p(x) of -27.1, with two latent dimensions."
     ),
     (
         "At equal seconds every method has the seconds that a fit took at equal steps, averaged over the methods: the "
