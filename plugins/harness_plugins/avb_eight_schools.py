@@ -53,6 +53,7 @@ LABELS = {
     "laplace": "Laplace",
     "nuts": "NUTS",
 }
+OTHERS_BUDGET: dict[Scale, str] = {"smoke": "steps=100", "laptop": "", "paper": ""}
 STEPS: dict[Scale, tuple[int, ...]] = {
     "smoke": (50, 100),
     "laptop": (1250, 2500, 5000, 10_000),
@@ -83,9 +84,9 @@ class AVBEightSchools(Experiment):
             problem=PROBLEM[scale],
             methods=OTHERS[scale],
             evaluators=f"{EVALUATORS},chains",
-            budget="steps=100" if scale == "smoke" else "",
+            budget=OTHERS_BUDGET[scale],
         )
-        return [trials.suite, *trained, others]
+        return [trials.suite, *trained, others, _rubin(scale)]
 
     def contents(self, scale: Scale) -> Contents:
         longest = STEPS[scale][-1]
@@ -93,6 +94,7 @@ class AVBEightSchools(Experiment):
         tables = [
             Tabulated(title=f"After {longest:,} steps", columns=COLUMNS, lines=lines, about=ABOUT),
             Tabulated(title="Against training", columns=NEIGHBOURS, lines=_against_training(scale), about=FLOOR),
+            Tabulated(title="Rubin's data", columns=RUBIN_COLUMNS, lines=RUBIN_LINES, about=RUBIN),
             _trials(scale).table(TRIAL_COLUMNS),
         ]
         return Contents(
@@ -126,6 +128,17 @@ def _trials(scale: Scale) -> Trials:
     )
 
 
+def _rubin(scale: Scale) -> Suite:
+    """The usual Eight Schools, with one mode."""
+    return Suite(
+        name="rubin",
+        problem="eight-schools",
+        methods={"mean-field": "mean-field", "full-rank": "full-rank", **OTHERS[scale]},
+        evaluators="knn[samples=4000],moments[samples=4000],exact,chains",
+        budget=OTHERS_BUDGET[scale],
+    )
+
+
 def _suite(steps: int) -> str:
     return f"steps-{steps}"
 
@@ -135,6 +148,11 @@ def _trained(run: str, steps: int) -> Line:
 
 
 OTHER_LINES = [Line(label=LABELS[run], suite="others", run=run) for run in ("laplace", "nuts")]
+
+
+RUBIN_LINES = [
+    Line(label=LABELS[run], suite="rubin", run=run) for run in ("mean-field", "full-rank", "laplace", "nuts")
+]
 
 
 def _against_training(scale: Scale) -> list[Line]:
@@ -193,6 +211,11 @@ COLUMNS = (
     Column(heading="mean error", metrics=("mean_error",)),
     Column(heading="sd error", metrics=("sd_error",)),
     Column(heading="largest R-hat", metrics=("r_hat_max",)),
+)
+RUBIN_COLUMNS = tuple(column for column in COLUMNS if column != MODE_ERROR)
+RUBIN = (
+    "Eight Schools as it is usually posed (posteriordb): Rubin's data and tau > 0, so that there is one mode. Columns "
+    "as above, with mu, tau and theta."
 )
 ABOUT = (
     "KL by nearest neighbours between draws from q(z|x) and exact draws from p(z|x), and beside it what the same "
