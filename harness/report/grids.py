@@ -182,13 +182,15 @@ def _contrast(found: Outcome) -> list[str]:
 
 
 def sentence(found: Outcome) -> str:
-    """A contrast in words and numbers."""
-    difference = found.difference
-    if difference is None:
-        return f"{found.contrast.statement}: {found.verdict}"
+    """A contrast in words and numbers, behind the name of its group."""
+    statement = (
+        f"{found.contrast.group}: {found.contrast.statement}" if found.contrast.group else found.contrast.statement
+    )
+    if found.difference is None:
+        return f"{statement}: {found.verdict}"
     _, numbers, margin, seeds, verdict = _contrast(found)
     what = f"{numbers} {found.unit}, margin {margin}; {seeds} seed{'s' if seeds != '1' else ''}"
-    return f"{found.contrast.statement}: {verdict} ({what})"
+    return f"{statement}: {verdict} ({what})"
 
 
 # What gave no number
