@@ -84,7 +84,7 @@ def test_observations_that_are_not_the_test_split_are_never_all_there_are() -> N
     numbers, indices = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.arange(4)
     test, simulated = (
         run.measurement("log_likelihood", numbers, torch.zeros(4), "exact", indices, split=split)
-        for split in ("", "simulated")
+        for split in ("test", "simulated")
     )
     assert test.stderr_test == 0
     assert simulated.stderr_test == pytest.approx(numbers.std().item() / 2)

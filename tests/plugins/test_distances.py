@@ -39,7 +39,7 @@ FOUR = [
     NearestNeighbours(samples=1000),
     MMD(samples=500),
     SlicedWasserstein(samples=500, projections=20),
-    C2ST(samples=200, epochs=60, folds=3),
+    C2ST(samples=800, epochs=100, folds=3),
 ]
 SIX = [*FOUR, Moments(samples=1000), Modes(samples=1000)]
 
@@ -214,7 +214,7 @@ def repeated(evaluator: DrawsEvaluator, shift: float, widening: float, repetitio
         (NearestNeighbours(samples=600), 60, 0.75),
         (MMD(samples=200), 60, 0.75),
         (SlicedWasserstein(samples=400, projections=20), 60, 0.75),
-        (C2ST(samples=100, epochs=20, folds=2), 30, 0.65),  # to within an eighth
+        (C2ST(samples=100, epochs=300, folds=2), 30, 0.65),  # to within an eighth
     ],
     ids=named,
 )
