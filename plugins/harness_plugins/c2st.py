@@ -32,8 +32,8 @@ BOUNDS = "stochastic lower bound on (1 + total variation of q and p) / 2"
 class C2ST(DrawsEvaluator):
     """`c2st_accuracy` on held-out draws: a mean over 2 n of them, each by a network that has not seen it.
 
-    Its error is that of 2 n independent answers, given the networks. What these owe to chance is no part of it: little
-    where they are trained to the end, but as much again after 20 epochs with 100 draws.
+    Its error is that of 2 n independent answers, given the networks. What these owe to chance is no part of it: that is
+    little where they are trained to the end, but after 20 epochs with 100 draws the whole error is twice as large.
 
     Args:
         width: Units of either hidden layer, per latent dimension.
