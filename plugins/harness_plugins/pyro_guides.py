@@ -12,19 +12,23 @@ https://doi.org/10.1080/01621459.1986.10478240
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
+from torch.autograd.functional import hessian
+from torch.distributions import MultivariateNormal
 
 from harness import hookimpl
 from harness.method import Diverged, unfit_for_one_posterior
+from harness.model import LatentModel
 from harness.posterior import LocalFamily, LocalGaussian, Posterior
 from harness.problem import TrainingView
 from harness.pyro_guide import SEED, Guide, SVIMethod, negative_elbo, program_of, seed_of
-from harness.seeding import drawing_from, process_wide, seeded
+from harness.seeding import drawing_from, process_wide
 from harness.training import Modules, Noise
 
 Family = Literal[
@@ -34,6 +38,8 @@ Family = Literal[
     "AutoLaplaceApproximation",
     "AutoIAFNormal",
 ]
+NEWTON_STEPS, HALVINGS = 100, 40
+NEWTON_TOLERANCE = 1e-4  # nats
 PRIOR_DRAWS = 15  # whose median is where a guide starts: as many as Pyro takes for univariate sites
 
 
@@ -117,7 +123,7 @@ class AutoGuideMethod(SVIMethod):
     def posterior(self, modules: Modules) -> Posterior:
         guide = modules["guide"]
         if self.family == "AutoLaplaceApproximation":
-            return AutoGaussian(_expansion(guide))
+            return AutoGaussian(_expansion(modules["model"], guide.x, guide.guide.loc))
         kinds = {"AutoIAFNormal": AutoPosterior, "AutoDiagonalNormal": MeanFieldPosterior}
         return kinds.get(self.family, AutoGaussian)(guide.guide.get_posterior())
 
@@ -135,22 +141,44 @@ def _guide(family: Family, view: TrainingView) -> Any:
     return getattr(autoguide, family)(program, init_loc_fn=init_to_value(values={"z": start[None]}))
 
 
-def _expansion(guide: Guide) -> Any:
-    """The Gaussian at the mode that the guide has come to.
+def _expansion(model: LatentModel, x: Tensor, z: Tensor) -> MultivariateNormal:
+    r"""The Gaussian at a mode of log p(x, z), which Newton's method, with step halving, finds from z (D,).
+
+    The optimiser ends near a mode, at a distance that depends on the budget; what is left is taken off here. The search
+    has ended once its next step promises a rise of less than `NEWTON_TOLERANCE`:
+
+    .. math:: z \leftarrow z - H^{-1} g, \quad \tfrac12 g^T (-H)^{-1} g < \epsilon
 
     Raises:
-        Diverged: If log p(x, z) has no maximum there.
+        Diverged: If log p(x, z) has no maximum there, or the search does not end.
     """
-    import pyro
 
-    guide.requires_grad_(True)
-    try:
-        with seeded(0), pyro.get_param_store().scope(), torch.enable_grad():
-            return guide.guide.laplace_approximation(guide.x).get_posterior()
-    except torch.linalg.LinAlgError:  # pyright: ignore[reportPrivateImportUsage]
-        raise Diverged("the Hessian of log p(x, z) is not negative definite where the search ended: no mode") from None
-    finally:
-        guide.requires_grad_(False)
+    def log_joint(z: Tensor) -> Tensor:
+        return model.log_joint(x, z[None]).sum()
+
+    for _ in range(NEWTON_STEPS):
+        at = z.detach().requires_grad_(True)
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(log_joint(at), at)
+            curvature: Any = hessian(log_joint, at)
+        precision = -curvature
+        root, failure = torch.linalg.cholesky_ex(precision)
+        if failure or not root.isfinite().all():
+            raise Diverged("the Hessian of log p(x, z) is not negative definite where the search ended: no mode")
+        step = torch.cholesky_solve(gradient[:, None], root)[:, 0]
+        if 0.5 * gradient @ step < NEWTON_TOLERANCE:
+            return MultivariateNormal(z + step, precision_matrix=precision)
+        z = _risen(log_joint, z, step)
+    raise Diverged(f"the search for a mode of log p(x, z) has not ended after {NEWTON_STEPS} of Newton's steps")
+
+
+def _risen(log_joint: Callable[[Tensor], Tensor], z: Tensor, step: Tensor) -> Tensor:
+    """The first of z + step, z + step/2, ... that is no lower."""
+    start = log_joint(z)
+    for halvings in range(HALVINGS):
+        if log_joint(z + step / 2**halvings) >= start:
+            return z + step / 2**halvings
+    raise Diverged("log p(x, z) does not rise along Newton's direction, in this precision: no mode found")
 
 
 @dataclass(frozen=True, kw_only=True)

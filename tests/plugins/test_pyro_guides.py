@@ -80,12 +80,12 @@ def test_full_rank_reaches_the_exact_posterior() -> None:
 
 
 def test_laplace_is_the_exact_posterior() -> None:
-    """A Gaussian is its own second-order expansion: what is left is the distance of the search from the mode."""
-    fit = fitted(Laplace())
+    """A Gaussian is its own second-order expansion, and Newton's method is at its mode after one step."""
+    fit = fitted(Laplace(), steps=1)
     model, x = oracle()
     _, covariance = model.exact_posterior(x)
     torch.testing.assert_close(fit.posterior.distribution.covariance_matrix, covariance, rtol=1e-8, atol=1e-8)  # type: ignore[attr-defined]
-    assert divergence(fit) < 1e-4
+    assert divergence(fit) < 1e-12
 
 
 def test_the_curve_is_the_negative_elbo() -> None:
@@ -156,6 +156,26 @@ class Saddle(PosteriorProblem):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Endless(PosteriorProblem):
+    """Ever higher, ever more slowly."""
+
+    name: str = "endless"
+
+    def target(self) -> LatentModel:
+        return Target(lambda z: z.abs().log())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steep(PosteriorProblem):
+    """A mode at 5, far from the prior, between steep sides."""
+
+    name: str = "steep"
+
+    def target(self) -> LatentModel:
+        return Target(lambda z: -(z - 5).square() / 2 - (z - 5).pow(4) / 4)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Hole(PosteriorProblem):
     """Not a number beyond 0.05."""
 
@@ -174,6 +194,19 @@ def run(problem: PosteriorProblem, method: AutoGuideMethod) -> Fit:
 def test_laplace_without_a_mode_has_diverged() -> None:
     with pytest.raises(Diverged, match="the Hessian of log p\\(x, z\\) is not negative definite"):
         run(Saddle(), Laplace())
+
+
+def test_laplace_with_a_mode_at_infinity_has_diverged() -> None:
+    with pytest.raises(Diverged, match="does not rise along Newton's direction"):
+        run(Endless(), Laplace())
+
+
+def test_laplace_is_at_the_mode_wherever_the_optimiser_ends() -> None:
+    """log f = -(u^2 / 2 + u^4 / 4), u = z - 5: mode 5, where the curvature is 1; Newton's full steps would do as well
+    from nearby, and halved ones are needed from where the steep sides begin."""
+    q = run(Steep(), Laplace()).posterior.distribution  # type: ignore[attr-defined]
+    torch.testing.assert_close(q.mean, torch.full((1,), 5.0, dtype=torch.float64), rtol=0, atol=1e-4)
+    torch.testing.assert_close(q.stddev, torch.ones(1, dtype=torch.float64), rtol=0, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro says so as well
