@@ -10,18 +10,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness import hookimpl
+from harness.equal_budgets import EqualBudgets
 from harness.experiment import (
     Column,
     Contents,
-    Contrast,
     Differences,
     Done,
     Experiment,
-    Line,
     Scale,
     Suite,
-    Tabulated,
-    seconds_budget,
 )
 from harness.trials import Trials
 
@@ -78,69 +75,44 @@ class AVBDecoders(Experiment):
         return 2 if scale == "smoke" else 5
 
     def suites(self, scale: Scale, done: Done) -> list[Suite]:
-        return [suite for latent_dim in LATENT_DIMS[self.problem] for suite in self._suites(scale, done, latent_dim)]
-
-    def _suites(self, scale: Scale, done: Done, latent_dim: int) -> list[Suite]:
-        """Of one size of the latent space: trials, then at equal steps, and once the seconds are known at these."""
-        problem = self._problem(latent_dim)
-        trials = _trials(problem, scale, latent_dim)
-        methods = trials.best(done)
-        if not methods:
-            return [trials.suite]
-        evaluators = f"{_log_likelihood(scale, latent_dim)},elbo,adversary,reconstruction"
-        steps = Suite(
-            name=_suite(latent_dim, "equal-steps"),
-            problem=problem,
-            methods=methods,
-            evaluators=evaluators,
-            budget=f"steps={STEPS[scale]}",
-        )
-        budget = seconds_budget(done[steps.name]) if steps.name in done else ""
-        if not budget:
-            return [trials.suite, steps]
-        seconds = Suite(
-            name=_suite(latent_dim, "equal-seconds"),
-            problem=problem,
-            methods=methods,
-            evaluators=evaluators,
-            budget=budget,
-            most_seeds=TIMED_SEEDS,
-        )
-        return [trials.suite, steps, seconds]
-
-    def _problem(self, latent_dim: int) -> str:
-        model = f",model={self.model}" if self.model != "mlp" else ""
-        return f"{self.problem}[latent_dim={latent_dim}{model}]"
+        return [suite for budgets in self._comparisons(scale) for suite in budgets.suites(done)]
 
     def contents(self, scale: Scale) -> Contents:
-        dims = LATENT_DIMS[self.problem]
-        contrasts = [contrast for latent_dim in dims for contrast in _contrasts(latent_dim)]
+        comparisons = self._comparisons(scale)
+        contrasts = [contrast for budgets in comparisons for contrast in budgets.contrasts]
         caption = "Paired differences in log p(x), over the seeds and test images that both have."
         groups = list(dict.fromkeys(contrast.group for contrast in contrasts))
         return Contents(
-            tables=[
-                *(table for latent_dim in dims for table in _tables(latent_dim)),
-                *(
-                    _trials(self._problem(latent_dim), scale, latent_dim).table(
-                        COLUMNS[:1], f"D = {latent_dim}, trials"
-                    )
-                    for latent_dim in dims
-                ),
-            ],
+            tables=[table for budgets in comparisons for table in budgets.tables],
             contrasts=contrasts,
             pictures=[Differences(name="differences", caption=caption, groups=groups)],
             remarks=REMARKS,
         )
 
+    def _comparisons(self, scale: Scale) -> list[EqualBudgets]:
+        """One for each size of the latent space."""
+        return [self._comparison(scale, latent_dim) for latent_dim in LATENT_DIMS[self.problem]]
 
-def _suite(latent_dim: int, what: str) -> str:
-    return f"{latent_dim}-{what}"
+    def _comparison(self, scale: Scale, latent_dim: int) -> EqualBudgets:
+        model = f",model={self.model}" if self.model != "mlp" else ""
+        problem = f"{self.problem}[latent_dim={latent_dim}{model}]"
+        return EqualBudgets(
+            name=str(latent_dim),
+            title=f"D = {latent_dim}",
+            labels=LABELS,
+            problem=problem,
+            settings=_trials(problem, scale, latent_dim),
+            evaluators=f"{_log_likelihood(scale, latent_dim)},elbo,adversary,reconstruction",
+            budget=f"steps={STEPS[scale]}",
+            columns=COLUMNS if latent_dim <= EXACT_UP_TO else (*COLUMNS, GAP),
+            most_timed_seeds=TIMED_SEEDS,
+        )
 
 
 def _trials(problem: str, scale: Scale, latent_dim: int) -> Trials:
     tried = 1 if scale == "smoke" else None
     return Trials(
-        name=_suite(latent_dim, "trials"),
+        name=f"{latent_dim}-trials",
         problem=problem,
         settings={method: [f"{method}[{rates}]" for rates in settings[:tried]] for method, settings in TRIED.items()},
         evaluators=_validation(scale, latent_dim),
@@ -161,38 +133,6 @@ def _log_likelihood(scale: Scale, latent_dim: int) -> str:
         return "exact"
     scored = min(SCORED[scale], 100)
     return f"ais[observations={SCORED[scale]},{ANNEALING[scale]}],bdmc[observations={scored},{ANNEALING[scale]}]"
-
-
-def _lines(suite: str) -> dict[str, Line]:
-    return {run: Line(label=label, suite=suite, run=run) for run, label in LABELS.items()}
-
-
-def _tables(latent_dim: int) -> list[Tabulated]:
-    columns = COLUMNS if latent_dim <= EXACT_UP_TO else (*COLUMNS, GAP)
-    return [
-        Tabulated(
-            title=f"D = {latent_dim}, equal {what}",
-            columns=columns,
-            lines=list(_lines(_suite(latent_dim, f"equal-{what}")).values()),
-        )
-        for what in ("steps", "seconds")
-    ]
-
-
-def _contrasts(latent_dim: int) -> list[Contrast]:
-    """Each of the others against the VAE."""
-    return [
-        Contrast(
-            statement=f"{line.label} has the higher log p(x) than the VAE",
-            first=line,
-            second=lines["vae"],
-            group=f"D = {latent_dim}, equal {what}",
-        )
-        for what in ("steps", "seconds")
-        for lines in [_lines(_suite(latent_dim, f"equal-{what}"))]
-        for run, line in lines.items()
-        if run != "vae"
-    ]
 
 
 REMARKS = [

@@ -5,23 +5,21 @@ Mescheder, Nowozin, Geiger 2017, section 6.4, https://arxiv.org/abs/1701.04722
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from harness import hookimpl
+from harness.equal_budgets import EqualBudgets
 from harness.experiment import (
     Column,
     Contents,
-    Contrast,
     Differences,
     Done,
     Experiment,
-    Line,
     ModelSamples,
     Reported,
     Scale,
     Suite,
     Tabulated,
-    seconds_budget,
 )
 
 LATENT_DIMS: dict[Scale, tuple[int, ...]] = {"smoke": (8,), "laptop": (32,), "paper": (8, 32)}
@@ -47,16 +45,20 @@ class AVBMnist(Experiment):
         return 2
 
     def suites(self, scale: Scale, done: Done) -> list[Suite]:
-        return [suite for latent_dim in LATENT_DIMS[scale] for suite in _suites(scale, done, latent_dim)]
+        return [suite for budgets in _comparisons(scale) for suite in budgets.suites(done)]
 
     def contents(self, scale: Scale) -> Contents:
-        dims = LATENT_DIMS[scale]
-        lines = [line for latent_dim in dims for line in _lines(_suite(latent_dim, "steps"), latent_dim).values()]
-        contrasts = [contrast for latent_dim in dims for contrast in _contrasts(latent_dim)]
+        comparisons = _comparisons(scale)
+        lines = [
+            replace(line, label=f"{line.label}, {budgets.title}")
+            for budgets in comparisons
+            for line in budgets.lines("steps")
+        ]
+        contrasts = [contrast for budgets in comparisons for contrast in budgets.contrasts]
         return Contents(
             tables=[
                 Tabulated(title="Table 2, equal steps", columns=COLUMNS, lines=[*lines, *TABLE_2], about=ABOUT),
-                *(_at_equal_seconds(latent_dim) for latent_dim in dims),
+                *(table for budgets in comparisons for table in budgets.tables[1:]),
             ],
             contrasts=contrasts,
             pictures=[
@@ -71,7 +73,7 @@ class AVBMnist(Experiment):
         )
 
 
-def _methods(scale: Scale, latent_dim: int) -> dict[str, str]:
+def _settings(scale: Scale, latent_dim: int) -> dict[str, str]:
     if scale == "paper":
         large = latent_dim > 8
         contrast = f"nbasis={32 if large else 16},noise_dim={64 if large else 32},basis_width=128,basis_depth=3"
@@ -90,53 +92,25 @@ def _methods(scale: Scale, latent_dim: int) -> dict[str, str]:
     }
 
 
-def _suites(scale: Scale, done: Done, latent_dim: int) -> list[Suite]:
-    """Of one size of the latent space: at equal steps, and once the seconds are known at equal seconds."""
+def _comparisons(scale: Scale) -> list[EqualBudgets]:
+    """One for each size of the latent space."""
+    return [_comparison(scale, latent_dim) for latent_dim in LATENT_DIMS[scale]]
+
+
+def _comparison(scale: Scale, latent_dim: int) -> EqualBudgets:
     scored, simulated = SCORED[scale]
     annealed = f"ais[observations={scored},{ANNEALING[scale]}],bdmc[observations={simulated},{ANNEALING[scale]}]"
-    problem, methods = f"mnist[latent_dim={latent_dim}{MODEL[scale]}]", _methods(scale, latent_dim)
-    evaluators = f"{annealed},elbo,adversary,reconstruction"
-    steps = Suite(
-        name=_suite(latent_dim, "steps"),
+    problem = f"mnist[latent_dim={latent_dim}{MODEL[scale]}]"
+    return EqualBudgets(
+        name=str(latent_dim),
+        title=f"D = {latent_dim}",
+        labels=LABELS,
         problem=problem,
-        methods=methods,
-        evaluators=evaluators,
+        settings=_settings(scale, latent_dim),
+        evaluators=f"{annealed},elbo,adversary,reconstruction",
         budget=f"steps={STEPS[scale]}",
+        columns=COLUMNS,
     )
-    budget = seconds_budget(done[steps.name]) if steps.name in done else ""
-    if not budget:
-        return [steps]
-    name = _suite(latent_dim, "seconds")
-    return [steps, Suite(name=name, problem=problem, methods=methods, evaluators=evaluators, budget=budget)]
-
-
-def _suite(latent_dim: int, what: str) -> str:
-    return f"{latent_dim}-equal-{what}"
-
-
-def _lines(suite: str, latent_dim: int) -> dict[str, Line]:
-    return {run: Line(label=f"{label}, D = {latent_dim}", suite=suite, run=run) for run, label in LABELS.items()}
-
-
-def _at_equal_seconds(latent_dim: int) -> Tabulated:
-    lines = list(_lines(_suite(latent_dim, "seconds"), latent_dim).values())
-    return Tabulated(title=f"D = {latent_dim}, equal seconds", columns=COLUMNS, lines=lines)
-
-
-def _contrasts(latent_dim: int) -> list[Contrast]:
-    """Each of the others against the VAE."""
-    return [
-        Contrast(
-            statement=f"{LABELS[run]} has the higher log p(x) than the VAE",
-            first=line,
-            second=lines["vae"],
-            group=f"D = {latent_dim}, equal {what}",
-        )
-        for what in ("steps", "seconds")
-        for lines in [_lines(_suite(latent_dim, what), latent_dim)]
-        for run, line in lines.items()
-        if run != "vae"
-    ]
 
 
 COLUMNS = (

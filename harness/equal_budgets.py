@@ -1,0 +1,91 @@
+"""Methods on one problem at equal steps and again at equal seconds, with settings that equal effort has found."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from harness.experiment import Column, Contrast, Done, Line, Suite, Tabulated, seconds_budget
+from harness.trials import Trials
+
+What = Literal["steps", "seconds"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EqualBudgets:
+    """A comparison that is read twice: at equal steps, and with the time that these fits took shared equally.
+
+    Args:
+        name: What the names of its suites begin with; these are NAME-trials, NAME-equal-steps and NAME-equal-seconds.
+        title: What the titles of its tables and the group of its contrasts begin with.
+        labels: Method -> its label for readers; the others are held against the first.
+        settings: Method -> run, or the trials that find it.
+        budget: Of the fits at equal steps.
+        columns: Of the tables; of trials only the first is shown.
+        most_timed_seeds: At equal seconds only that many seeds, the first; 0 for all.
+    """
+
+    name: str
+    title: str
+    labels: Mapping[str, str]
+    problem: str
+    settings: Mapping[str, str] | Trials
+    evaluators: str
+    budget: str
+    columns: Sequence[Column]
+    most_timed_seeds: int = 0
+
+    def suites(self, done: Done) -> list[Suite]:
+        """Those that can be named: the second reading depends on the first, and both on the trials."""
+        trials = [trials.suite for trials in self._trials]
+        methods = self.settings.best(done) if isinstance(self.settings, Trials) else self.settings
+        if not methods:
+            return trials
+        steps = self._suite("steps", methods, self.budget)
+        budget = seconds_budget(done[steps.name]) if steps.name in done else ""
+        return [*trials, steps, *([self._suite("seconds", methods, budget)] if budget else [])]
+
+    @property
+    def _trials(self) -> list[Trials]:
+        return [self.settings] if isinstance(self.settings, Trials) else []
+
+    def _suite(self, what: What, methods: Mapping[str, str], budget: str) -> Suite:
+        return Suite(
+            name=self._named(what),
+            problem=self.problem,
+            methods=methods,
+            evaluators=self.evaluators,
+            budget=budget,
+            most_seeds=self.most_timed_seeds if what == "seconds" else 0,
+        )
+
+    def _named(self, what: What) -> str:
+        return f"{self.name}-equal-{what}"
+
+    def lines(self, what: What) -> list[Line]:
+        return [Line(label=label, suite=self._named(what), run=run) for run, label in self.labels.items()]
+
+    def table(self, what: What) -> Tabulated:
+        return Tabulated(title=f"{self.title}, equal {what}", columns=self.columns, lines=self.lines(what))
+
+    @property
+    def tables(self) -> list[Tabulated]:
+        """Both readings, and what was tried."""
+        trials = [trials.table(self.columns[:1], f"{self.title}, trials") for trials in self._trials]
+        return [self.table("steps"), self.table("seconds"), *trials]
+
+    @property
+    def contrasts(self) -> list[Contrast]:
+        """Each of the others against the first, in both readings."""
+        return [
+            Contrast(
+                statement=f"{line.label} has the higher log p(x) than {first.label}",
+                first=line,
+                second=first,
+                group=f"{self.title}, equal {what}",
+            )
+            for what in ("steps", "seconds")
+            for first, *others in [self.lines(what)]
+            for line in others
+        ]
