@@ -12,10 +12,7 @@ Mescheder, Nowozin, Geiger 2017, section 3.3, https://arxiv.org/abs/1701.04722
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from types import ModuleType
 from typing import Annotated, ClassVar, Literal
 
@@ -24,164 +21,13 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness import adversarial, hookimpl
+from harness import adaptive_contrast, adversarial, hookimpl
+from harness.adaptive_contrast import BasisEncoder, BasisNetworks, ContrastEncoder, InjectedEncoder
 from harness.adversarial import LogRatio, NoiseInjectedEncoder
-from harness.estimators import BLOCK_ELEMENTS
-from harness.model import LatentModel, log_normal
-from harness.nn import Trunk, linear
+from harness.model import LatentModel
 from harness.posterior import Posterior
 from harness.problem import TrainingView
-from harness.seeding import generator
 from harness.training import GradientMethod, Modules, Noise, Player
-
-BASIS_DRAWS, INJECTED_DRAWS = 4096, 512  # of fixed noise, for the moments that evaluation uses
-
-
-@dataclass(frozen=True, eq=False)
-class Contrast:
-    """r(z|x) = N(mean, exp(log_sd)^2), without a gradient: two of (N, D)."""
-
-    mean: Tensor
-    log_sd: Tensor
-
-    @staticmethod
-    def of(mean: Tensor, variance: Tensor, floor: float) -> Contrast:
-        return Contrast(mean.detach(), 0.5 * torch.log(variance.detach() + floor**2))
-
-    def normalised(self, z: Tensor) -> Tensor:
-        """(..., N, D) -> (..., N, D)."""
-        return (z - self.mean) * torch.exp(-self.log_sd)
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """log r(z|x): (..., N, D) -> (..., N), nats."""
-        return log_normal(z, self.mean, self.log_sd)
-
-
-class ContrastEncoder(nn.Module, ABC):
-    """z = z_phi(x, eps) with estimates of its moments given x.
-
-    Args:
-        eps_shape: Shape of the noise of one latent.
-    """
-
-    eps_shape: tuple[int, ...]
-
-    @abstractmethod
-    def forward(self, x: Tensor, eps: Tensor) -> Tensor:
-        """x (N, *E) and eps (..., N, *eps_shape) -> (..., N, D)."""
-
-    @abstractmethod
-    def contrasted(self, x: Tensor, noise: Noise) -> tuple[Tensor, Contrast]:
-        """A latent for each observation, (N, D), and r(z|x), estimated from the noise that is handed in."""
-
-    @abstractmethod
-    def reference(self) -> Callable[[Tensor], Contrast]:
-        """r(z|x) as a function of x (N, *E), from noise that is always the same: no x has a part in another's."""
-
-
-def fixed_noise(draws: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Standard normal draws (draws, *shape), the same in every process and, drawn on the CPU, on every device."""
-    stream = generator(torch.device("cpu"), "adaptive contrast")
-    return torch.randn((draws, *shape), generator=stream, dtype=torch.float32).to(like)
-
-
-def _moments(draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population variance over the first axis."""
-    variance, mean = torch.var_mean(draws.detach(), dim=0, correction=0)
-    return mean, variance
-
-
-class BasisNetworks(nn.Module):
-    """v_i(eps_i), an MLP (ELU) of its own noise for each i: (..., B, noise_dim) -> (..., B, D).
-
-    One batched matrix product a layer for all B networks together.
-    """
-
-    def __init__(self, count: int, noise_dim: int, outputs: int, width: int, depth: int) -> None:
-        super().__init__()
-        self.eps_shape = (count, noise_dim)
-        sizes = [noise_dim, *[width] * depth, outputs]
-        self.weights = nn.ParameterList(
-            torch.stack([linear(a, b).weight.detach().T for _ in range(count)]) for a, b in pairwise(sizes)
-        )
-        self.biases = nn.ParameterList(torch.zeros(count, 1, size) for size in sizes[1:])
-
-    def forward(self, eps: Tensor) -> Tensor:
-        h = eps.flatten(0, -3).transpose(0, 1)
-        for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            h = torch.baddbmm(bias, F.elu(h) if i else h, weight)
-        return h.transpose(0, 1).unflatten(0, eps.shape[:-2])
-
-
-class BasisEncoder(ContrastEncoder):
-    r"""z = z_0(x) + \sum_i a_i(x) v_i(eps_i), elementwise, whose moments follow from those of the v_i in closed form.
-
-    .. math:: E[z|x] = z_0(x) + \sum_i a_i(x) E[v_i], \quad Var[z|x] = \sum_i a_i(x)^2 Var[v_i]
-
-    with a_i = ELU(linear + offset) + 1 > 0 and z_0 linear. The v_i do not depend on x: a minibatch has as many draws of
-    each as it has observations. The released code starts z_0 at almost zero (standard deviation 1e-5), the same for all
-    x, from where short runs lose their latents; here its weights are like all others.
-    """
-
-    def __init__(self, trunk: Trunk, basis: BasisNetworks, latent_dim: int, offset: float, floor: float) -> None:
-        super().__init__()
-        self.trunk, self.basis, self.eps_shape = trunk, basis, basis.eps_shape
-        self.offset, self.floor = offset, floor
-        self.centre = linear(trunk.features, latent_dim)
-        self.amplitude = linear(trunk.features, self.eps_shape[0] * latent_dim)
-
-    def forward(self, x: Tensor, eps: Tensor) -> Tensor:
-        centre, amplitude = self._heads(x)
-        return centre + (amplitude * self.basis(eps)).sum(-2)
-
-    def contrasted(self, x: Tensor, noise: Noise) -> tuple[Tensor, Contrast]:
-        centre, amplitude = self._heads(x)
-        v = self.basis(noise["eps"])
-        return centre + (amplitude * v).sum(-2), self._contrast(centre, amplitude, *_moments(v))
-
-    def reference(self) -> Callable[[Tensor], Contrast]:
-        mean, variance = _moments(self.basis(fixed_noise(BASIS_DRAWS, self.eps_shape, self.basis.biases[0])))
-        return lambda x: self._contrast(*self._heads(x), mean, variance)
-
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """z_0 (N, D) and a (N, B, D)."""
-        h = self.trunk(x)
-        return self.centre(h), 1 + F.elu(self.amplitude(h).unflatten(-1, (self.eps_shape[0], -1)) + self.offset)
-
-    def _contrast(self, centre: Tensor, amplitude: Tensor, mean: Tensor, variance: Tensor) -> Contrast:
-        """From z_0 (N, D), a (N, B, D), and mean and variance (B, D) of the v_i."""
-        mean = centre + (amplitude * mean).sum(-2)
-        return Contrast.of(mean, (amplitude.square() * variance).sum(-2), self.floor)
-
-
-class InjectedEncoder(ContrastEncoder):
-    """The encoder of AVB without contrast, whose moments are those of several draws for each x."""
-
-    def __init__(self, encoder: NoiseInjectedEncoder, floor: float) -> None:
-        super().__init__()
-        self.encoder, self.floor = encoder, floor
-        self.eps_shape = (encoder.injection.in_features,)
-
-    def forward(self, x: Tensor, eps: Tensor) -> Tensor:
-        return self.encoder(x, eps)
-
-    def contrasted(self, x: Tensor, noise: Noise) -> tuple[Tensor, Contrast]:
-        return self.encoder(x, noise["eps"]), self._contrast(x, noise["moment_eps"].transpose(0, 1))
-
-    def reference(self) -> Callable[[Tensor], Contrast]:
-        eps = fixed_noise(INJECTED_DRAWS, (1, *self.eps_shape), self.encoder.head.weight)
-        block = max(1, BLOCK_ELEMENTS // (INJECTED_DRAWS * self.encoder.trunk.features))
-
-        def of(x: Tensor) -> Contrast:
-            parts = [self._contrast(part, eps) for part in x.split(block)]
-            return Contrast(torch.cat([part.mean for part in parts]), torch.cat([part.log_sd for part in parts]))
-
-        return of
-
-    @torch.no_grad()
-    def _contrast(self, x: Tensor, eps: Tensor) -> Contrast:
-        """From eps (M, N, noise_dim), or (M, 1, noise_dim) for the same noise at every x."""
-        return Contrast.of(*_moments(self.encoder(x, eps)), self.floor)
 
 
 class KLWeight(nn.Module):
@@ -202,15 +48,15 @@ class AdaptiveContrastPosterior(Posterior):
 
     def __init__(self, encoder: ContrastEncoder, adversary: nn.Module, model: LatentModel) -> None:
         self.encoder, self.adversary, self.model = encoder, adversary, model
-        self.contrast = encoder.reference()
+        self.reference = encoder.reference()
 
     def sample(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
         shape = (n, len(x), *self.encoder.eps_shape)
         return self.encoder(x, torch.randn(shape, generator=generator, device=x.device, dtype=x.dtype))
 
     def log_ratio(self, x: Tensor, z: Tensor) -> Tensor:
-        contrast = self.contrast(x)
-        return self.adversary(x, contrast.normalised(z)) + contrast.log_prob(z) - self.model.log_prior(z)
+        r = self.reference(x)
+        return self.adversary(x, r.normalised(z)) + r.log_prob(z) - self.model.log_prior(z)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +73,8 @@ class AVBAC(GradientMethod):
         noise_dim: Dimensions of the noise of one basis function, or of the injected noise.
         offset: Before the ELU of the amplitudes a_i, which start near exp(offset); the released code has -5, which
             starts too narrow for short runs.
+        gaussian_part: A basis function more, the identity of Gaussian noise with an amplitude of its own: the posterior
+            of the VAE is then a member of the family. Not in the paper.
         moment_draws: Draws for the moments of an injected encoder, at every step.
         scale_floor: Standard deviation whose square is added to every variance of r(z|x).
         quadratic: The adversary is a network plus |zn|^2/2, as in the released code, so that the network learns the log
@@ -238,7 +86,7 @@ class AVBAC(GradientMethod):
             objective with it; validation has the whole term. Without effect where convergence decides.
     """
 
-    modules: ClassVar[tuple[ModuleType, ...]] = (adversarial,)
+    modules: ClassVar[tuple[ModuleType, ...]] = (adversarial, adaptive_contrast)
 
     name: str = "avb-ac"
     encoder: Literal["basis", "injected"] = "basis"
@@ -247,6 +95,7 @@ class AVBAC(GradientMethod):
     basis_width: PositiveInt = 64
     basis_depth: NonNegativeInt = 2
     offset: float = -2.0
+    gaussian_part: bool = False
     moment_draws: Annotated[int, Field(ge=2)] = 16
     scale_floor: PositiveFloat = 1e-2
     quadratic: bool = True
@@ -272,7 +121,8 @@ class AVBAC(GradientMethod):
             trunk = view.encoder_trunk(self.noise_dim)
             return InjectedEncoder(NoiseInjectedEncoder(trunk, self.noise_dim, view.latent_dim), self.scale_floor)
         basis = BasisNetworks(self.nbasis, self.noise_dim, view.latent_dim, self.basis_width, self.basis_depth)
-        return BasisEncoder(view.encoder_trunk(), basis, view.latent_dim, self.offset, self.scale_floor)
+        trunk, dim = view.encoder_trunk(), view.latent_dim
+        return BasisEncoder(trunk, basis, dim, self.offset, self.scale_floor, gaussian=self.gaussian_part)
 
     def players(self) -> list[Player]:
         betas = (self.beta1, 0.999)
@@ -282,9 +132,10 @@ class AVBAC(GradientMethod):
         ]
 
     def noise(self, view: TrainingView) -> dict[str, tuple[int, ...]]:
-        latent = {"eps": (self.noise_dim,), "moment_eps": (self.moment_draws, self.noise_dim)}
-        latent = latent if self.encoder == "injected" else {"eps": (self.nbasis, self.noise_dim)}
-        return {**latent, "contrast_z": (view.latent_dim,)}
+        draws = {"contrast_z": (view.latent_dim,)}
+        if self.encoder == "injected":
+            return {"eps": (self.noise_dim,), "moment_eps": (self.moment_draws, self.noise_dim), **draws}
+        return {"eps": (self.nbasis * self.noise_dim + (view.latent_dim if self.gaussian_part else 0),), **draws}
 
     def schedule(self, modules: Modules, fraction: float) -> None:
         if self.kl_warmup:
@@ -292,11 +143,11 @@ class AVBAC(GradientMethod):
 
     def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
         model, encoder = modules["model"], modules["encoder"]
-        z, contrast = encoder.contrasted(x, noise)
-        contrast = contrast if modules.training else encoder.reference()(x)
-        normalised = torch.stack([contrast.normalised(z), noise["contrast_z"]])
+        z, r = encoder.contrasted(x, noise)
+        r = r if modules.training else encoder.reference()(x)
+        normalised = torch.stack([r.normalised(z), noise["contrast_z"]])
         t_posterior, t_contrast = modules["adversary"](x, normalised)
-        kl = modules["kl_weight"](t_posterior + contrast.log_prob(z) - model.log_prior(z))
+        kl = modules["kl_weight"](t_posterior + r.log_prob(z) - model.log_prior(z))
         return {
             "negative_elbo": (kl - model.log_likelihood(x, z)).mean(),
             "adversary": F.softplus(-t_posterior).mean() + F.softplus(t_contrast).mean(),

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import harness
-from harness import training
+from harness import adaptive_contrast, training
+from harness.adaptive_contrast import BasisEncoder, BasisNetworks, Contrast
 from harness.adversarial import LogRatio
 from harness.clock import Clock
 from harness.method import Budget, Run
@@ -24,8 +25,7 @@ from harness.seeding import Streams
 from harness.testing import SmallProblem, check_method
 from harness.testing.small import view_of
 from harness.training import Modules, Noise
-from harness_plugins import avb_ac
-from harness_plugins.avb_ac import AVBAC, AdaptiveContrastPosterior, BasisEncoder, BasisNetworks, Contrast
+from harness_plugins.avb_ac import AVBAC, AdaptiveContrastPosterior
 from harness_plugins.exact import quadrature
 from harness_plugins.four_points import FourPoints
 
@@ -49,7 +49,9 @@ def noise_of(method: AVBAC, n: int, generator: torch.Generator) -> Noise:
     return {name: torch.randn((n, *shape), generator=generator, dtype=DOUBLE) for name, shape in shapes.items()}
 
 
-@pytest.mark.parametrize("options", [{"encoder": "injected", "moment_draws": 4}, {**SMALL, "kl_warmup": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{"encoder": "injected", "moment_draws": 4}, {**SMALL, "kl_warmup": 0.5, "gaussian_part": True}]
+)
 @pytest.mark.parametrize("latent_dim", [1, 3])
 def test_conformance_of_other_options(options: dict[str, Any], latent_dim: int) -> None:
     check_method(AVBAC(**options), SmallProblem(latent_dim=latent_dim))
@@ -70,19 +72,28 @@ def test_basis_networks_are_separate_networks_of_their_own_noise(generator: torc
     torch.testing.assert_close(basis(eps[0]), together[0], rtol=0, atol=1e-12)
 
 
-def test_moments_are_those_of_all_combinations_of_the_minibatchs_draws(generator: torch.Generator) -> None:
-    """The v_i are independent of each other: mean and variance are over every choice of a draw of each."""
-    modules, x = built(AVBAC(**SMALL))
-    encoder, x, eps = modules["encoder"], x[:4], noise_of(AVBAC(**SMALL), 4, generator)["eps"]
-    combined = torch.stack([eps[list(rows), torch.arange(3)] for rows in itertools.product(range(4), repeat=3)])
-    z = encoder(x, combined[:, None].expand(-1, len(x), -1, -1))
+@pytest.mark.parametrize("gaussian_part", [False, True])
+def test_moments_are_those_of_all_combinations_of_the_minibatchs_draws(
+    gaussian_part: bool, generator: torch.Generator
+) -> None:
+    """The v_i are independent of each other: mean and variance are over every choice of a draw of each.
+
+    A Gaussian part is independent of them too, with a mean of 0; here its noise takes the values 1 and -1.
+    """
+    method = AVBAC(**SMALL, gaussian_part=gaussian_part)
+    modules, x = built(method)
+    encoder, x, eps = modules["encoder"], x[:4], noise_of(method, 4, generator)["eps"]
+    basis, eta = eps[:, :6].unflatten(-1, (3, 2)), torch.ones_like(eps[:, 6:])
+    of_basis = [basis[list(rows), torch.arange(3)].flatten() for rows in itertools.product(range(4), repeat=3)]
+    combined = torch.stack([torch.cat([each, sign * eta[0]]) for each in of_basis for sign in (1, -1)])
+    z = encoder(x, combined[:, None].expand(-1, len(x), -1))
     _, contrast = encoder.contrasted(x, {"eps": eps})
     torch.testing.assert_close(contrast.mean, z.mean(0), rtol=0, atol=1e-12)
     sd = (z.var(0, correction=0) + 1e-2**2).sqrt()
     torch.testing.assert_close(contrast.log_sd, sd.log(), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [SMALL, {"encoder": "injected"}])
+@pytest.mark.parametrize("options", [SMALL, {**SMALL, "gaussian_part": True}, {"encoder": "injected"}])
 def test_reference_moments_are_those_of_the_posteriors_draws(
     options: dict[str, Any], generator: torch.Generator
 ) -> None:
@@ -91,8 +102,8 @@ def test_reference_moments_are_those_of_the_posteriors_draws(
     modules, x = built(method)
     posterior = method.posterior(modules)
     assert isinstance(posterior, AdaptiveContrastPosterior)
-    contrast, z = posterior.contrast(x), posterior.sample(x, 20_000, generator)
-    draws = avb_ac.BASIS_DRAWS if method.encoder == "basis" else avb_ac.INJECTED_DRAWS
+    contrast, z = posterior.reference(x), posterior.sample(x, 20_000, generator)
+    draws = adaptive_contrast.BASIS_DRAWS if method.encoder == "basis" else adaptive_contrast.INJECTED_DRAWS
     error = (1 / len(z) + 1 / draws) ** 0.5
     squared = (z - z.mean(0)).square()
     of_mean = (contrast.mean - z.mean(0)).abs() / (z.std(0) * error)
@@ -115,10 +126,10 @@ class Optimal(nn.Module):
     def __init__(self, moments: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self.moments = moments
-        self.contrast: Callable[[Tensor], Contrast]
+        self.reference: Callable[[Tensor], Contrast]
 
     def forward(self, x: Tensor, zn: Tensor) -> Tensor:
-        (mean, sd), contrast = self.moments(x), self.contrast(x)
+        (mean, sd), contrast = self.moments(x), self.reference(x)
         scale = torch.exp(contrast.log_sd)
         return log_normal(zn, (mean - contrast.mean) / scale, (sd / scale).log()) - log_normal(zn)
 
@@ -134,8 +145,10 @@ def gaussian(generator: torch.Generator, **options: Any) -> tuple[AVBAC, Modules
     bias.copy_(torch.randn(bias.shape, generator=generator, dtype=DOUBLE))
 
     def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-        centre, amplitude = encoder._heads(x)
-        return centre + amplitude[:, 0] * bias[0, 0], amplitude[:, 0] * weight[0].diagonal()
+        heads = encoder._heads(x)
+        amplitude, log_sd = heads.amplitude[:, 0], heads.log_sd
+        variance = (amplitude * weight[0].diagonal()).square() + (0 if log_sd is None else torch.exp(2 * log_sd))
+        return heads.centre + amplitude * bias[0, 0], variance.sqrt()
 
     modules["model"].__class__ = ShiftedPrior
     optimal = Optimal(moments)
@@ -143,33 +156,35 @@ def gaussian(generator: torch.Generator, **options: Any) -> tuple[AVBAC, Modules
     return method, modules, x, optimal
 
 
-def error_of_the_log_ratio(generator: torch.Generator) -> float:
-    method, modules, x, optimal = gaussian(generator)
+def error_of_the_log_ratio(generator: torch.Generator, **options: Any) -> float:
+    method, modules, x, optimal = gaussian(generator, **options)
     posterior = method.posterior(modules)
     assert isinstance(posterior, AdaptiveContrastPosterior)
-    optimal.contrast = posterior.contrast
+    optimal.reference = posterior.reference
     z = posterior.sample(x, 5, generator)
     mean, sd = optimal.moments(x)
     exact = log_normal(z, mean, sd.log()) - log_normal(z, 1.5, math.log(2))
     return float((posterior.log_ratio(x, z) - exact).abs().max())
 
 
-def error_of_the_objective(generator: torch.Generator, *, training: bool) -> float:
-    method, modules, x, optimal = gaussian(generator)
+def error_of_the_objective(generator: torch.Generator, *, training: bool, **options: Any) -> float:
+    method, modules, x, optimal = gaussian(generator, **options)
     modules.train(training)
     noise, encoder = noise_of(method, len(x), generator), modules["encoder"]
-    optimal.contrast = (lambda x: encoder.contrasted(x, noise)[1]) if training else encoder.reference()
+    optimal.reference = (lambda x: encoder.contrasted(x, noise)[1]) if training else encoder.reference()
     z = encoder(x, noise["eps"])
     mean, sd = optimal.moments(x)
     exact = log_normal(z, mean, sd.log()) - log_normal(z, 1.5, math.log(2)) - modules["model"].log_likelihood(x, z)
     return float((method.losses(modules, x, noise)["negative_elbo"] - exact.mean()).abs())
 
 
-def test_with_the_optimal_adversary_the_estimate_is_exact(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("gaussian_part", [False, True])
+def test_with_the_optimal_adversary_the_estimate_is_exact(gaussian_part: bool, generator: torch.Generator) -> None:
     """Whatever the floor (0.3 here), the prior and the errors of the moments: log q - log p, to rounding."""
-    assert error_of_the_log_ratio(generator) < 1e-10
-    assert error_of_the_objective(generator, training=True) < 1e-10
-    assert error_of_the_objective(generator, training=False) < 1e-10
+    options = {"gaussian_part": gaussian_part}
+    assert error_of_the_log_ratio(generator, **options) < 1e-10
+    assert error_of_the_objective(generator, training=True, **options) < 1e-10
+    assert error_of_the_objective(generator, training=False, **options) < 1e-10
 
 
 class TwoScales(Contrast):
@@ -192,7 +207,7 @@ class BareNormalisation(Contrast):
 def test_two_scales_would_be_noticed(
     mutant: type[Contrast], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(avb_ac, "Contrast", mutant)
+    monkeypatch.setattr(adaptive_contrast, "Contrast", mutant)
     assert error_of_the_log_ratio(generator) > 0.01
     assert error_of_the_objective(generator, training=True) > 0.01
 
@@ -226,7 +241,7 @@ def test_the_adversary_has_nothing_to_learn_where_q_is_gaussian(quadratic: bool,
 
 def test_no_gradient_goes_through_the_moments(generator: torch.Generator) -> None:
     """The primal gradient is that with m and s as constants; it would be another one through them."""
-    method = AVBAC(**SMALL)
+    method = AVBAC(**SMALL, gaussian_part=True)
     modules, x = built(method)
     noise, model, adversary = noise_of(method, len(x), generator), modules["model"], modules["adversary"]
     encoder = modules["encoder"].requires_grad_(True)
@@ -244,10 +259,10 @@ def test_no_gradient_goes_through_the_moments(generator: torch.Generator) -> Non
     constant = gradients(loss(contrast.mean, contrast.log_sd))
     for gradient, expected in zip(ours, constant, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-10)
-    centre, amplitude = encoder._heads(x)
-    variance, mean = torch.var_mean(encoder.basis(noise["eps"]), dim=0, correction=0)
-    log_sd = 0.5 * ((amplitude.square() * variance).sum(-2) + 1e-2**2).log()
-    through = gradients(loss(centre + (amplitude * mean).sum(-2), log_sd))
+    heads, (v, _) = encoder._heads(x), encoder._noises(noise["eps"])
+    variance, mean = torch.var_mean(v, dim=0, correction=0)
+    variance = (heads.amplitude.square() * variance).sum(-2) + torch.exp(2 * heads.log_sd) + 1e-2**2
+    through = gradients(loss(heads.centre + (heads.amplitude * mean).sum(-2), 0.5 * variance.log()))
     assert max(float((a - b).abs().max()) for a, b in zip(ours, through, strict=True)) > 1e-3
 
 
@@ -278,7 +293,11 @@ def test_moments_of_an_injected_encoder_are_the_same_in_blocks(monkeypatch: pyte
     method = AVBAC(encoder="injected")
     modules, x = built(method)
     whole = modules["encoder"].reference()(x)
-    monkeypatch.setattr(avb_ac, "BLOCK_ELEMENTS", 3 * avb_ac.INJECTED_DRAWS * modules["encoder"].encoder.trunk.features)
+    monkeypatch.setattr(
+        adaptive_contrast,
+        "BLOCK_ELEMENTS",
+        3 * adaptive_contrast.INJECTED_DRAWS * modules["encoder"].encoder.trunk.features,
+    )
     parts = modules["encoder"].reference()(x)
     torch.testing.assert_close(parts.mean, whole.mean, rtol=0, atol=1e-12)
     torch.testing.assert_close(parts.log_sd, whole.log_sd, rtol=0, atol=1e-12)
