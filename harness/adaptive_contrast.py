@@ -5,10 +5,12 @@ Mescheder, Nowozin, Geiger 2017, section 3.3, https://arxiv.org/abs/1701.04722
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,24 +26,62 @@ from harness.seeding import generator
 BASIS_DRAWS, INJECTED_DRAWS = 4096, 512  # of fixed noise, for the moments that evaluation uses
 
 
+Covariance = Literal["diagonal", "full"]
+
+
+class Contrast(ABC):
+    """r(z|x), a Gaussian with the moments of q(z|x), through which no gradient goes."""
+
+    mean: Tensor
+
+    @abstractmethod
+    def normalised(self, z: Tensor) -> Tensor:
+        """z with its mean and scale taken off: (..., N, D) -> (..., N, D)."""
+
+    @abstractmethod
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log r(z|x): (..., N, D) -> (..., N), nats."""
+
+
 @dataclass(frozen=True, eq=False)
-class Contrast:
-    """r(z|x) = N(mean, exp(log_sd)^2), without a gradient: two of (N, D)."""
+class DiagonalContrast(Contrast):
+    """N(mean, exp(log_sd)^2): two of (N, D)."""
 
     mean: Tensor
     log_sd: Tensor
 
-    @staticmethod
-    def of(mean: Tensor, variance: Tensor, floor: float) -> Contrast:
-        return Contrast(mean.detach(), 0.5 * torch.log(variance.detach() + floor**2))
-
     def normalised(self, z: Tensor) -> Tensor:
-        """(..., N, D) -> (..., N, D)."""
         return (z - self.mean) * torch.exp(-self.log_sd)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log r(z|x): (..., N, D) -> (..., N), nats."""
         return log_normal(z, self.mean, self.log_sd)
+
+
+@dataclass(frozen=True, eq=False)
+class FullContrast(Contrast):
+    """N(mean, root root^T): mean (N, D) and a lower triangular root (N, D, D)."""
+
+    mean: Tensor
+    root: Tensor
+
+    def normalised(self, z: Tensor) -> Tensor:
+        off = (z - self.mean).reshape(-1, *self.mean.shape).permute(1, 2, 0)  # all draws of an x in one solve
+        return torch.linalg.solve_triangular(self.root, off, upper=False).permute(2, 0, 1).reshape(z.shape)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return log_normal(self.normalised(z)) - self.root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def contrast_of(mean: Tensor, spread: Tensor, floor: float) -> Contrast:
+    """From q's mean (N, D) and its variances (N, D) or covariances (N, D, D), to whose diagonal floor^2 is added.
+
+    A covariance that is not finite gives a contrast that is not finite either.
+    """
+    mean, spread = mean.detach(), spread.detach()
+    if spread.ndim == mean.ndim:
+        return DiagonalContrast(mean, 0.5 * torch.log(spread + floor**2))
+    root, failure = torch.linalg.cholesky_ex(spread + torch.full_like(mean, floor**2).diag_embed())
+    return FullContrast(mean, root.masked_fill(failure[:, None, None] > 0, math.nan))
 
 
 class ContrastEncoder(nn.Module, ABC):
@@ -72,10 +112,13 @@ def fixed_noise(draws: int, shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.randn((draws, *shape), generator=stream, dtype=torch.float32).to(like)
 
 
-def _moments(draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population variance over the first axis."""
+def moments(draws: Tensor, covariance: Covariance) -> tuple[Tensor, Tensor]:
+    """Mean (..., D), and population variances (..., D) or covariances (..., D, D), of draws (M, ..., D)."""
     variance, mean = torch.var_mean(draws.detach(), dim=0, correction=0)
-    return mean, variance
+    if covariance == "diagonal":
+        return mean, variance
+    off = draws.detach() - mean
+    return mean, torch.einsum("m...d,m...e->...de", off, off) / len(draws)
 
 
 class BasisNetworks(nn.Module):
@@ -113,18 +156,25 @@ class BasisHeads:
         z = self.centre + (self.amplitude * v).sum(-2)
         return z if self.log_sd is None else z + torch.exp(self.log_sd) * eta
 
-    def contrast(self, mean: Tensor, variance: Tensor, floor: float) -> Contrast:
-        """From mean and variance (B, D) of the basis functions."""
-        mean = self.centre + (self.amplitude * mean).sum(-2)
-        variance = (self.amplitude.square() * variance).sum(-2)
-        variance = variance if self.log_sd is None else variance + torch.exp(2 * self.log_sd)
-        return Contrast.of(mean, variance, floor)
+    def contrast(self, mean: Tensor, spread: Tensor, floor: float) -> Contrast:
+        """From means (B, D), and variances (B, D) or covariances (B, D, D), of the basis functions."""
+        mean, amplitude = self.centre + (self.amplitude * mean).sum(-2), self.amplitude.detach()
+        full = spread.ndim == 3
+        if full:
+            spread = (amplitude[..., :, None] * amplitude[..., None, :] * spread).sum(-3)
+        else:
+            spread = (amplitude.square() * spread).sum(-2)
+        if self.log_sd is not None:
+            variance = torch.exp(2 * self.log_sd.detach())
+            spread = spread + (variance.diag_embed() if full else variance)
+        return contrast_of(mean, spread, floor)
 
 
 class BasisEncoder(ContrastEncoder):
     r"""z = z_0(x) + \sum_i a_i(x) v_i(eps_i), elementwise, whose moments follow from those of the v_i in closed form.
 
-    .. math:: E[z|x] = z_0(x) + \sum_i a_i(x) E[v_i], \quad Var[z|x] = \sum_i a_i(x)^2 Var[v_i]
+    .. math:: E[z|x] = z_0(x) + \sum_i a_i(x) E[v_i], \quad
+              Cov[z|x] = \sum_i \operatorname{diag} a_i(x) Cov[v_i] \operatorname{diag} a_i(x)
 
     with a_i = ELU(linear + offset) + 1 > 0 and z_0 linear. The v_i do not depend on x: a minibatch has as many draws of
     each as it has observations. The released code starts z_0 at almost zero (standard deviation 1e-5), the same for all
@@ -137,11 +187,20 @@ class BasisEncoder(ContrastEncoder):
     """
 
     def __init__(
-        self, trunk: Trunk, basis: BasisNetworks, latent_dim: int, offset: float, floor: float, *, gaussian: bool
+        self,
+        trunk: Trunk,
+        basis: BasisNetworks,
+        latent_dim: int,
+        offset: float,
+        *,
+        gaussian: bool,
+        floor: float,
+        covariance: Covariance,
     ) -> None:
         super().__init__()
         self.trunk, self.basis = trunk, basis
         self.offset, self.floor = offset, floor
+        self.covariance: Covariance = covariance
         count, noise_dim = basis.eps_shape
         self.sizes = [count * noise_dim, latent_dim if gaussian else 0]
         self.eps_shape = (sum(self.sizes),)
@@ -155,11 +214,12 @@ class BasisEncoder(ContrastEncoder):
     def contrasted(self, x: Tensor, noise: Noise) -> tuple[Tensor, Contrast]:
         heads = self._heads(x)
         v, eta = self._noises(noise["eps"])
-        return heads.latents(v, eta), heads.contrast(*_moments(v), self.floor)
+        return heads.latents(v, eta), heads.contrast(*moments(v, self.covariance), self.floor)
 
     def reference(self) -> Callable[[Tensor], Contrast]:
-        mean, variance = _moments(self.basis(fixed_noise(BASIS_DRAWS, self.basis.eps_shape, self.basis.biases[0])))
-        return lambda x: self._heads(x).contrast(mean, variance, self.floor)
+        v = self.basis(fixed_noise(BASIS_DRAWS, self.basis.eps_shape, self.basis.biases[0]))
+        found = moments(v, self.covariance)
+        return lambda x: self._heads(x).contrast(*found, self.floor)
 
     def _heads(self, x: Tensor) -> BasisHeads:
         h = self.trunk(x)
@@ -175,28 +235,31 @@ class BasisEncoder(ContrastEncoder):
 class InjectedEncoder(ContrastEncoder):
     """The encoder of AVB without contrast, whose moments are those of several draws for each x."""
 
-    def __init__(self, encoder: NoiseInjectedEncoder, floor: float) -> None:
+    def __init__(self, encoder: NoiseInjectedEncoder, *, floor: float, covariance: Covariance) -> None:
         super().__init__()
         self.encoder, self.floor = encoder, floor
+        self.covariance: Covariance = covariance
         self.eps_shape = (encoder.injection.in_features,)
 
     def forward(self, x: Tensor, eps: Tensor) -> Tensor:
         return self.encoder(x, eps)
 
     def contrasted(self, x: Tensor, noise: Noise) -> tuple[Tensor, Contrast]:
-        return self.encoder(x, noise["eps"]), self._contrast(x, noise["moment_eps"].transpose(0, 1))
+        return self.encoder(x, noise["eps"]), contrast_of(
+            *self._moments(x, noise["moment_eps"].transpose(0, 1)), self.floor
+        )
 
     def reference(self) -> Callable[[Tensor], Contrast]:
         eps = fixed_noise(INJECTED_DRAWS, (1, *self.eps_shape), self.encoder.head.weight)
         block = max(1, BLOCK_ELEMENTS // (INJECTED_DRAWS * self.encoder.trunk.features))
 
         def of(x: Tensor) -> Contrast:
-            parts = [self._contrast(part, eps) for part in x.split(block)]
-            return Contrast(torch.cat([part.mean for part in parts]), torch.cat([part.log_sd for part in parts]))
+            means, spreads = zip(*(self._moments(part, eps) for part in x.split(block)), strict=True)
+            return contrast_of(torch.cat(means), torch.cat(spreads), self.floor)
 
         return of
 
     @torch.no_grad()
-    def _contrast(self, x: Tensor, eps: Tensor) -> Contrast:
+    def _moments(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """From eps (M, N, noise_dim), or (M, 1, noise_dim) for the same noise at every x."""
-        return Contrast.of(*_moments(self.encoder(x, eps)), self.floor)
+        return moments(self.encoder(x, eps), self.covariance)

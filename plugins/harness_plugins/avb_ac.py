@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness import adaptive_contrast, adversarial, hookimpl
-from harness.adaptive_contrast import BasisEncoder, BasisNetworks, ContrastEncoder, InjectedEncoder
+from harness.adaptive_contrast import BasisEncoder, BasisNetworks, ContrastEncoder, Covariance, InjectedEncoder
 from harness.adversarial import LogRatio, NoiseInjectedEncoder
 from harness.model import LatentModel
 from harness.posterior import Posterior
@@ -76,6 +76,9 @@ class AVBAC(GradientMethod):
         gaussian_part: A basis function more, the identity of Gaussian noise with an amplitude of its own: the posterior
             of the VAE is then a member of the family. Not in the paper.
         moment_draws: Draws for the moments of an injected encoder, at every step.
+        covariance: Of r(z|x): ``diagonal``, as in the paper, or ``full``. With the former the adversary has to learn
+            the correlations of q's dimensions; where q collapses onto a subspace these are tens of nats, of which it
+            sees few, because its loss is zero long before. With the latter log r knows them.
         scale_floor: Standard deviation whose square is added to every variance of r(z|x).
         quadratic: The adversary is a network plus |zn|^2/2, as in the released code, so that the network learns the log
             density of q's shape; else the network alone, which learns log q - log r: a constant where q is Gaussian.
@@ -97,6 +100,7 @@ class AVBAC(GradientMethod):
     offset: float = -2.0
     gaussian_part: bool = False
     moment_draws: Annotated[int, Field(ge=2)] = 16
+    covariance: Covariance = "diagonal"
     scale_floor: PositiveFloat = 1e-2
     quadratic: bool = True
     batch_size: Annotated[int, Field(ge=2)] = 128
@@ -105,6 +109,12 @@ class AVBAC(GradientMethod):
     adversary_steps: PositiveInt = 1
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.5
     kl_warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    def unfit(self, view: TrainingView) -> str | None:
+        dim = view.latent_dim
+        if self.encoder == "injected" and self.covariance == "full" and self.moment_draws <= dim:
+            return f"covariance=full in {dim} dimensions needs moment_draws above {dim}, got {self.moment_draws}"
+        return None
 
     def build(self, view: TrainingView) -> Modules:
         return Modules(
@@ -117,12 +127,14 @@ class AVBAC(GradientMethod):
         )
 
     def _encoder(self, view: TrainingView) -> ContrastEncoder:
+        dim, floor, covariance = view.latent_dim, self.scale_floor, self.covariance
         if self.encoder == "injected":
-            trunk = view.encoder_trunk(self.noise_dim)
-            return InjectedEncoder(NoiseInjectedEncoder(trunk, self.noise_dim, view.latent_dim), self.scale_floor)
-        basis = BasisNetworks(self.nbasis, self.noise_dim, view.latent_dim, self.basis_width, self.basis_depth)
-        trunk, dim = view.encoder_trunk(), view.latent_dim
-        return BasisEncoder(trunk, basis, dim, self.offset, self.scale_floor, gaussian=self.gaussian_part)
+            injected = NoiseInjectedEncoder(view.encoder_trunk(self.noise_dim), self.noise_dim, dim)
+            return InjectedEncoder(injected, floor=floor, covariance=covariance)
+        basis = BasisNetworks(self.nbasis, self.noise_dim, dim, self.basis_width, self.basis_depth)
+        gaussian = self.gaussian_part
+        trunk = view.encoder_trunk()
+        return BasisEncoder(trunk, basis, dim, self.offset, gaussian=gaussian, floor=floor, covariance=covariance)
 
     def players(self) -> list[Player]:
         betas = (self.beta1, 0.999)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import harness
 from harness import adaptive_contrast, training
-from harness.adaptive_contrast import BasisEncoder, BasisNetworks, Contrast
+from harness.adaptive_contrast import BasisEncoder, BasisNetworks, Contrast, DiagonalContrast, FullContrast
 from harness.adversarial import LogRatio
 from harness.clock import Clock
 from harness.method import Budget, Run
@@ -103,6 +103,7 @@ def test_reference_moments_are_those_of_the_posteriors_draws(
     posterior = method.posterior(modules)
     assert isinstance(posterior, AdaptiveContrastPosterior)
     contrast, z = posterior.reference(x), posterior.sample(x, 20_000, generator)
+    assert isinstance(contrast, DiagonalContrast)
     draws = adaptive_contrast.BASIS_DRAWS if method.encoder == "basis" else adaptive_contrast.INJECTED_DRAWS
     error = (1 / len(z) + 1 / draws) ** 0.5
     squared = (z - z.mean(0)).square()
@@ -113,6 +114,51 @@ def test_reference_moments_are_those_of_the_posteriors_draws(
     assert float(of_variance.max()) < STANDARD_ERRORS
 
 
+@pytest.mark.parametrize("options", [{**SMALL, "gaussian_part": True}, {"encoder": "injected", "moment_draws": 64}])
+def test_with_the_full_covariance_normalised_draws_are_white(
+    options: dict[str, Any], generator: torch.Generator
+) -> None:
+    """The draws of one step, normalised by moments that all of them have, have these moments: of the reference, whose
+    noise is other, within the errors of 20,000 draws and of those that it is made from, for each of 36 numbers."""
+    method = AVBAC(**options, covariance="full", scale_floor=1e-6)
+    modules, x = built(method)
+    posterior = method.posterior(modules)
+    assert isinstance(posterior, AdaptiveContrastPosterior)
+    contrast, z = posterior.reference(x), posterior.sample(x, 20_000, generator)
+    assert isinstance(contrast, FullContrast)
+    zn = contrast.normalised(z)
+    draws = adaptive_contrast.BASIS_DRAWS if method.encoder == "basis" else adaptive_contrast.INJECTED_DRAWS
+    error = (1 / len(z) + 1 / draws) ** 0.5
+    products = zn[..., :, None] * zn[..., None, :]
+    off = products.mean(0) - torch.eye(2, dtype=DOUBLE)
+    assert float((zn.mean(0).abs() / (zn.std(0) * error)).max()) < STANDARD_ERRORS
+    assert float((off.abs() / (products.std(0) * error)).max()) < STANDARD_ERRORS
+    # log r is the density of that Gaussian
+    r = torch.distributions.MultivariateNormal(contrast.mean, contrast.root @ contrast.root.mT)
+    torch.testing.assert_close(contrast.log_prob(z[:5]), r.log_prob(z[:5]), rtol=0, atol=1e-8)
+
+
+def test_a_collapse_onto_a_line_is_seen_by_the_full_covariance_alone(generator: torch.Generator) -> None:
+    """q is nearly a line: the KL that a network of zeros, which sees no collapse, reports is off by what the line
+    costs, log of sd over width, with the diagonal; with the full covariance it is the exact KL."""
+    width, found = 1e-3, {}
+    for covariance in ("diagonal", "full"):
+        method, modules, x, optimal = gaussian(generator, covariance=covariance, scale_floor=1e-9, quadratic=False)
+        encoder = modules["encoder"]
+        encoder.basis.weights[0].copy_(torch.tensor([[1.0, 1.0], [0.0, width]], dtype=DOUBLE))
+        encoder.amplitude.weight.zero_()
+        network = LogRatio(QuadraticFeature(), quadratic=False).double().requires_grad_(False)
+        network.head.weight.zero_()
+        modules["adversary"] = network
+        posterior = method.posterior(modules)
+        assert isinstance(posterior, AdaptiveContrastPosterior)
+        z = posterior.sample(x, 20_000, generator)
+        exact = optimal.log_q(x, z) - log_normal(z, 1.5, math.log(2))
+        found[covariance] = float((exact - posterior.log_ratio(x, z)).mean())
+    assert found["full"] == pytest.approx(0, abs=0.01)  # moments of 4,096 draws: (D + 3) D / 2 / 4,096 nats
+    assert found["diagonal"] == pytest.approx(math.log(1 / width), abs=0.01)
+
+
 class ShiftedPrior(DecoderModel):
     """No standard normal prior."""
 
@@ -121,34 +167,47 @@ class ShiftedPrior(DecoderModel):
 
 
 class Optimal(nn.Module):
-    """The adversary's optimum where q(z|x) is Gaussian, from q's moments and those that it was normalised with."""
+    """The adversary's optimum where q(z|x) is Gaussian: log q - log r at the z that zn was made from.
+
+    Args:
+        moments: x -> mean (N, D) and covariance (N, D, D) of q(z|x).
+    """
 
     def __init__(self, moments: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self.moments = moments
         self.reference: Callable[[Tensor], Contrast]
 
+    def log_q(self, x: Tensor, z: Tensor) -> Tensor:
+        return torch.distributions.MultivariateNormal(*self.moments(x)).log_prob(z)
+
     def forward(self, x: Tensor, zn: Tensor) -> Tensor:
-        (mean, sd), contrast = self.moments(x), self.reference(x)
-        scale = torch.exp(contrast.log_sd)
-        return log_normal(zn, (mean - contrast.mean) / scale, (sd / scale).log()) - log_normal(zn)
+        r = self.reference(x)
+        origin, units = torch.zeros_like(r.mean), torch.eye(r.mean.shape[-1], dtype=DOUBLE)
+        scale = torch.stack([r.normalised(origin + unit) - r.normalised(origin) for unit in units], dim=-1)
+        z = torch.linalg.solve(scale, (zn - r.normalised(origin))[..., None])[..., 0]
+        log_det = torch.linalg.slogdet(scale).logabsdet
+        return self.log_q(x, z) - log_det - log_normal(zn)
 
 
 def gaussian(generator: torch.Generator, **options: Any) -> tuple[AVBAC, Modules, Tensor, Optimal]:
-    """A method whose q is a Gaussian with independent dimensions, with the optimal adversary and another prior."""
+    """A method whose q is a Gaussian, with the optimal adversary and another prior.
+
+    Where r(z|x) has the full covariance q has correlations; else its dimensions are independent.
+    """
     method = AVBAC(**{**GAUSSIAN, **options})
     modules, x = built(method)
     encoder = modules["encoder"]
     assert isinstance(encoder, BasisEncoder)
     weight, bias = encoder.basis.weights[0], encoder.basis.biases[0]
-    weight.copy_(torch.diag(torch.tensor([0.8, 1.7], dtype=DOUBLE)))
+    weight.copy_(torch.tensor([[0.8, 0.9 if method.covariance == "full" else 0.0], [0.0, 1.7]], dtype=DOUBLE))
     bias.copy_(torch.randn(bias.shape, generator=generator, dtype=DOUBLE))
 
     def moments(x: Tensor) -> tuple[Tensor, Tensor]:
         heads = encoder._heads(x)
-        amplitude, log_sd = heads.amplitude[:, 0], heads.log_sd
-        variance = (amplitude * weight[0].diagonal()).square() + (0 if log_sd is None else torch.exp(2 * log_sd))
-        return heads.centre + amplitude * bias[0, 0], variance.sqrt()
+        root = weight[0].T * heads.amplitude[:, 0, :, None]
+        own = torch.zeros(1, 1, 1) if heads.log_sd is None else torch.exp(2 * heads.log_sd).diag_embed()
+        return heads.centre + heads.amplitude[:, 0] * bias[0, 0], root @ root.mT + own
 
     modules["model"].__class__ = ShiftedPrior
     optimal = Optimal(moments)
@@ -162,8 +221,7 @@ def error_of_the_log_ratio(generator: torch.Generator, **options: Any) -> float:
     assert isinstance(posterior, AdaptiveContrastPosterior)
     optimal.reference = posterior.reference
     z = posterior.sample(x, 5, generator)
-    mean, sd = optimal.moments(x)
-    exact = log_normal(z, mean, sd.log()) - log_normal(z, 1.5, math.log(2))
+    exact = optimal.log_q(x, z) - log_normal(z, 1.5, math.log(2))
     return float((posterior.log_ratio(x, z) - exact).abs().max())
 
 
@@ -173,21 +231,23 @@ def error_of_the_objective(generator: torch.Generator, *, training: bool, **opti
     noise, encoder = noise_of(method, len(x), generator), modules["encoder"]
     optimal.reference = (lambda x: encoder.contrasted(x, noise)[1]) if training else encoder.reference()
     z = encoder(x, noise["eps"])
-    mean, sd = optimal.moments(x)
-    exact = log_normal(z, mean, sd.log()) - log_normal(z, 1.5, math.log(2)) - modules["model"].log_likelihood(x, z)
+    exact = optimal.log_q(x, z) - log_normal(z, 1.5, math.log(2)) - modules["model"].log_likelihood(x, z)
     return float((method.losses(modules, x, noise)["negative_elbo"] - exact.mean()).abs())
 
 
+@pytest.mark.parametrize("covariance", ["diagonal", "full"])
 @pytest.mark.parametrize("gaussian_part", [False, True])
-def test_with_the_optimal_adversary_the_estimate_is_exact(gaussian_part: bool, generator: torch.Generator) -> None:
+def test_with_the_optimal_adversary_the_estimate_is_exact(
+    gaussian_part: bool, covariance: str, generator: torch.Generator
+) -> None:
     """Whatever the floor (0.3 here), the prior and the errors of the moments: log q - log p, to rounding."""
-    options = {"gaussian_part": gaussian_part}
+    options = {"gaussian_part": gaussian_part, "covariance": covariance}
     assert error_of_the_log_ratio(generator, **options) < 1e-10
     assert error_of_the_objective(generator, training=True, **options) < 1e-10
     assert error_of_the_objective(generator, training=False, **options) < 1e-10
 
 
-class TwoScales(Contrast):
+class TwoScales(DiagonalContrast):
     """The released code: the floor is in the normalisation, not in log r."""
 
     def log_prob(self, z: Tensor) -> Tensor:
@@ -195,7 +255,7 @@ class TwoScales(Contrast):
         return -0.5 * (self.normalised(z).square() + variance.log() + math.log(2 * math.pi)).sum(-1)
 
 
-class BareNormalisation(Contrast):
+class BareNormalisation(DiagonalContrast):
     """The other way round."""
 
     def normalised(self, z: Tensor) -> Tensor:
@@ -205,9 +265,9 @@ class BareNormalisation(Contrast):
 
 @pytest.mark.parametrize("mutant", [TwoScales, BareNormalisation])
 def test_two_scales_would_be_noticed(
-    mutant: type[Contrast], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+    mutant: type[DiagonalContrast], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adaptive_contrast, "Contrast", mutant)
+    monkeypatch.setattr(adaptive_contrast, "DiagonalContrast", mutant)
     assert error_of_the_log_ratio(generator) > 0.01
     assert error_of_the_objective(generator, training=True) > 0.01
 
@@ -231,7 +291,8 @@ def test_the_adversary_has_nothing_to_learn_where_q_is_gaussian(quadratic: bool,
     posterior = method.posterior(modules)
     assert isinstance(posterior, AdaptiveContrastPosterior)
     estimates = posterior.log_ratio(x, posterior.sample(x, 20_000, generator))
-    mean, sd = optimal.moments(x)
+    mean, covariance = optimal.moments(x)
+    sd = covariance.diagonal(dim1=-2, dim2=-1).sqrt()
     q, prior = torch.distributions.Normal(mean, sd), torch.distributions.Normal(1.5, 2.0)
     exact = torch.distributions.kl_divergence(q, prior).sum(-1)
     # Errors of 4,096 draws in the moments move E[log r] by about D / 4096, much less than an error.
@@ -357,6 +418,7 @@ def test_a_restored_fit_estimates_the_same_ratio(generator: torch.Generator) -> 
     [
         ({"batch_size": 1}, "avb-ac: option batch_size=1: input should be greater than or equal to 2"),
         ({"nbasis": 0}, "option nbasis=0"),
+        ({"covariance": "banded"}, "option covariance='banded'"),
         ({"encoder": "sum"}, "option encoder='sum': input should be 'basis' or 'injected'"),
         ({"scale_floor": 0.0}, "option scale_floor=0.0: input should be greater than 0"),
         ({"kl_warmup": 1.5}, "option kl_warmup=1.5"),
