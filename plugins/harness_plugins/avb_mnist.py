@@ -35,17 +35,17 @@ ANNEALING: dict[Scale, str] = {
 SCORED: dict[Scale, tuple[int, int]] = {"smoke": (20, 20), "laptop": (1000, 100), "paper": (2000, 200)}
 """Test images for log p(x), and simulated ones for its certificate."""
 TRIED = {
-    "vae": ("lr=3e-3", "lr=1e-3"),
+    "vae": ("lr=1e-3", "lr=3e-3"),
     "iaf": ("lr=1e-3", "lr=5e-4"),
-    "avb": ("lr=2e-3,adversary_lr=2e-3,clip_norm=50", "lr=3e-3,adversary_lr=2e-3,clip_norm=50"),
+    "avb": ("lr=2e-3,adversary_lr=2e-3,clip_norm=50", "lr=1e-3,adversary_lr=2e-3,clip_norm=50"),
     "avb-ac": (
-        "lr=2e-3,adversary_lr=2e-3,clip_norm=50,gaussian_part=true",
-        "lr=2e-3,adversary_lr=2e-3,clip_norm=50",
+        "lr=1e-3,adversary_lr=2e-3,clip_norm=50",
+        "lr=1e-3,adversary_lr=2e-3,clip_norm=50,gaussian_part=true,covariance=full",
     ),
 }
-"""As many for each method."""
+"""As many for each method; of AVB with AC the contrast of the paper, and one that knows q's correlations."""
 TRIAL_SEED = 100
-CHOSEN_BY: dict[Scale, int] = {"smoke": 20, "laptop": 200, "paper": 200}
+CHOSEN_BY: dict[Scale, int] = {"smoke": 20, "laptop": 200}
 """Validation images that settings are chosen by."""
 LABELS = {"vae": "VAE", "iaf": "VAE with IAF", "avb": "AVB", "avb-ac": "AVB with AC"}
 
@@ -191,8 +191,11 @@ REMARKS = [
 SETTINGS: dict[Scale, str] = {
     "smoke": "Scale smoke only shows that the experiment works: 20 steps train nothing.",
     "laptop": (
-        "20,000 steps of batch 128, fully connected networks of two layers of 300 units, learning rates 1e-3 and, for "
-        "adversaries, 2e-3, falling to a tenth; the paper trained convolutional networks for 2,500,000 steps."
+        "20,000 steps of batch 128, fully connected networks of two layers of 300 units; the paper trained "
+        "convolutional networks for 2,500,000 steps. Adversaries: a network of x and one of z, of two layers of 512 "
+        "units each, which meet in a product of rank 128. Learning rates fall to a tenth over the last 60 % of a "
+        "budget. Each method's setting is the better of two, by log p(x) of 200 validation images after fits of the "
+        "same length from another seed, 100."
     ),
     "paper": (
         "conv1 networks, batch 64, learning rates 1e-4 and, for adversaries, 2e-4 without decay, and 2,500,000 steps, "
