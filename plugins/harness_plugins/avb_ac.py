@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -82,6 +82,8 @@ class AVBAC(GradientMethod):
         scale_floor: Standard deviation whose square is added to every variance of r(z|x).
         quadratic: The adversary is a network plus |zn|^2/2, as in the released code, so that the network learns the log
             density of q's shape; else the network alone, which learns log q - log r: a constant where q is Gaussian.
+        clip_norm: Largest norm of a player's gradient, 0 for no clipping, as in the released code: there a single large
+            gradient, tens of times the usual one, can undo a fit.
         lr, adversary_lr: Learning rates of Adam for encoder with decoder, and for the adversary.
         adversary_steps: Adversary updates per primal update; those after the first see fresh batches.
         beta1: Adam's decay rate of the first moment, of both players.
@@ -104,6 +106,7 @@ class AVBAC(GradientMethod):
     scale_floor: PositiveFloat = 1e-2
     quadratic: bool = True
     batch_size: Annotated[int, Field(ge=2)] = 128
+    clip_norm: NonNegativeFloat = 50.0
     lr: PositiveFloat = 2e-3
     adversary_lr: PositiveFloat = 4e-3
     adversary_steps: PositiveInt = 1

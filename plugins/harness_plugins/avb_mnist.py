@@ -39,8 +39,8 @@ TRIED = {
     "iaf": ("lr=1e-3", "lr=5e-4"),
     "avb": ("lr=2e-3,adversary_lr=2e-3,clip_norm=50", "lr=1e-3,adversary_lr=2e-3,clip_norm=50"),
     "avb-ac": (
-        "lr=1e-3,adversary_lr=2e-3,clip_norm=50",
-        "lr=1e-3,adversary_lr=2e-3,clip_norm=50,gaussian_part=true,covariance=full",
+        "lr=1e-3,adversary_lr=2e-3",
+        "lr=1e-3,adversary_lr=2e-3,gaussian_part=true,covariance=full",
     ),
 }
 """As many for each method; of AVB with AC the contrast of the paper, and one that knows q's correlations."""
