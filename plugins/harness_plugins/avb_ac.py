@@ -1,12 +1,13 @@
 r"""AVB with adaptive contrast: the adversary compares q(z|x) with a Gaussian that has its moments, not with the prior.
 
 .. math:: KL(q_\phi(z|x) \| p(z)) = E_{q_\phi(z|x)} [T^*(x, \tilde z) + \log r(z|x) - \log p(z)], \quad
-          r(z|x) = N(z; m(x), \operatorname{diag} s(x)^2), \quad \tilde z = (z - m(x)) / s(x)
+          r(z|x) = N(z; m(x), L(x) L(x)^T), \quad \tilde z = L(x)^{-1} (z - m(x))
 
-where T* tells normalised draws of q from N(0, I): it has to learn q's shape only, and p(z) may be any density. m and s
-are estimates of q's mean and standard deviation, through which no gradient goes. The released code divides by the root
-of the variance plus 1e-4 and takes the variance alone into log r; here s is one scale for both, so that
-T + log r estimates log q(z|x) whatever the floor.
+where T* tells normalised draws of q from N(0, I): it has to learn q's shape only, and p(z) may be any density. m and L
+are estimates of q's mean and scale, through which no gradient goes. In the paper L is diagonal, q's standard
+deviations; the root of q's whole covariance is another r of the same section. The released code divides by the root of
+the variance plus 1e-4 and takes the variance alone into log r; here L is one scale for both, so that T + log r
+estimates log q(z|x) whatever the floor.
 Mescheder, Nowozin, Geiger 2017, section 3.3, https://arxiv.org/abs/1701.04722
 """
 
