@@ -28,12 +28,12 @@ def compare(asked: Arguments) -> int:
     Every method is fitted to every problem from every seed, and all fits are measured alike. What the folder of results
     has already is not done again.
     """
-    from harness import comparison, statistics
+    from harness import comparison, readings
     from harness.cli.progress import shown
     from harness.store import Store
 
     records = comparison.compare(**asked, progress=shown())
-    order = [row["job_id"] for row in statistics.rows(records)]
+    order = [row["job_id"] for row in readings.rows(records)]
     return _conclude(records, Store(asked.get("out", comparison.DEFAULT_OUT)), order)
 
 
@@ -113,9 +113,9 @@ def _conclude(records: pd.DataFrame, store: Store, job_order: Sequence[str] = ()
 
 def told_failures(records: pd.DataFrame, command: str) -> int:
     """Tell what failed, and how to try it again; returns the exit code."""
-    from harness import statistics
+    from harness import readings
 
-    failed = [row for row in statistics.rows(records) if row["status"] not in ("ok", "skipped")]
+    failed = [row for row in readings.rows(records) if row["status"] not in ("ok", "skipped")]
     for row in failed:
         by = f", evaluator {row['evaluator']}" if row["evaluator"] else ""
         what = f"{row['method']} on {row['problem']}, seed {row['seed']}{by} (job {row['job_id']})"

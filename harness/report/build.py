@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import pandas as pd
 
-from harness import statistics
+from harness import readings, statistics
 from harness.report import checks, distances, trust
 from harness.report.tables import COLUMNS, Issue, MethodRow, Table, TableKey
 from harness.report.trust import ValuesOf, of_seeds
@@ -35,15 +35,15 @@ def tables_of(records: pd.DataFrame, examples: pd.DataFrame, job_order: Sequence
         job_order: Job ids in the order of a plan. Methods and problems are shown in the order of their first jobs
             there; those that are not there follow in the order in which they were started.
     """
-    rows = statistics.rows(records)
+    rows = readings.rows(records)
     plan = {job_id: position for position, job_id in reversed(list(enumerate(job_order)))}
     runs = _in_order(rows, _run_key, plan)
-    kept, older = statistics.latest(rows)
+    kept, older = readings.latest(rows)
     splits = _splits(kept)
     groups: dict[TableKey, dict[RunKey, list[Row]]] = {}
     for row in kept:
         groups.setdefault(_table_key(row, splits), {}).setdefault(_run_key(row), []).append(row)
-    values, labels = statistics.values_per_observation(examples), labelled(runs)
+    values, labels = readings.values_per_observation(examples), labelled(runs)
     problems = _in_order(rows, lambda row: row["problem"], plan)
     keys = _in_order(kept, lambda row: _table_key(row, splits), plan)
     keys.sort(key=lambda key: problems.index(key.problem))
@@ -105,7 +105,7 @@ def _table(
     key: TableKey, runs: Mapping[str, Sequence[Row]], values: ValuesOf, older: Mapping[tuple[Any, ...], int]
 ) -> Table:
     evaluator, measured = method_rows(runs, values)
-    identities = {statistics.identity(row) for rows in runs.values() for row in rows}
+    identities = {readings.identity(row) for rows in runs.values() for row in rows}
     table = Table(
         key=key,
         rows=measured,
@@ -131,7 +131,7 @@ def _row(label: str, rows: Sequence[Row], values: ValuesOf) -> MethodRow:
     statuses, jobs = _jobs(rows)
     by_seed = {int(row["seed"]): row for row in rows}
     timed = [by_seed[seed] for seed in jobs if by_seed[seed]["timing_valid"]]
-    estimates = statistics.estimates(rows)
+    estimates = readings.estimates(rows)
     evidence = trust.evidence(estimates)
     return MethodRow(
         label=label,
@@ -156,7 +156,7 @@ def _row(label: str, rows: Sequence[Row], values: ValuesOf) -> MethodRow:
 def _with_shown(row: MethodRow, evaluator: str, values: ValuesOf) -> MethodRow:
     """The row with what the table's columns show, log p(x) by ``evaluator``."""
     comparable = [found for found in row.estimates if found.metric != "log_likelihood" or found.evaluator == evaluator]
-    shown = {column: statistics.choose(comparable, metrics) for column, metrics in COLUMNS.items()}
+    shown = {column: readings.choose(comparable, metrics) for column, metrics in COLUMNS.items()}
     row = dataclasses.replace(row, shown={column: estimate for column, estimate in shown.items() if estimate})
     return dataclasses.replace(row, checks=checks.checked(row, values))
 
@@ -186,7 +186,7 @@ def _whole(number: Any) -> str:
 
 
 def _issues(label: str, rows: Sequence[Row]) -> list[Issue]:
-    finite = {id(row) for row in statistics.measured(rows)}
+    finite = {id(row) for row in readings.measured(rows)}
     issues: set[Issue] = set()
     for row in rows:
         status, reason = row["status"], row["reason"] or ""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from harness import statistics
+from harness import readings, statistics
+from harness.readings import stem
 from harness.report.tables import COLUMNS, Checks, MethodRow
 from harness.report.trust import ValuesOf, of_seeds, settings
-from harness.statistics import DENSITY_RATIO, LOWER_BOUNDS, SECOND_OPINIONS, UPPER_BOUND, Agreement, Estimate, stem
+from harness.statistics import DENSITY_RATIO, LOWER_BOUNDS, SECOND_OPINIONS, UPPER_BOUND, Agreement, Estimate
 
 
 def checked(row: MethodRow, values: ValuesOf) -> Checks | None:
@@ -19,7 +20,7 @@ def checked(row: MethodRow, values: ValuesOf) -> Checks | None:
         return None
     smoothed = _first(second, "smoothed_elbo", LOWER_BOUNDS)
     found = Checks(
-        own=statistics.choose(own, COLUMNS["elbo"]),
+        own=readings.choose(own, COLUMNS["elbo"]),
         fresh=_first(second, "adversarial_elbo", (DENSITY_RATIO,)),
         upper=_first(second, "elbo", (UPPER_BOUND,)),
         smoothed=smoothed,
@@ -43,12 +44,10 @@ def _side_by_side(row: MethodRow, found: Checks, values: ValuesOf) -> dict[str, 
     """
     named = {name: getattr(found, name) for name in ("own", "fresh", "upper", "smoothed", "truth")}
     estimates = {name: (estimate, of_seeds(row.jobs, estimate, values)) for name, estimate in named.items() if estimate}
-    seeds, index = statistics.common([scored for _, scored in estimates.values()])
+    seeds, index = readings.common([scored for _, scored in estimates.values()])
     if not len(index):
         return {}
-    return {
-        name: statistics.restricted(estimate, scored, seeds, index) for name, (estimate, scored) in estimates.items()
-    }
+    return {name: readings.restricted(estimate, scored, seeds, index) for name, (estimate, scored) in estimates.items()}
 
 
 def _first(found: Sequence[Estimate], metric: str, kinds: Sequence[str]) -> Estimate | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
+from harness.readings import stem
 from harness.report.cells import DOUBTED, EXCEEDS, WARNED, one_line, seed_list
 from harness.report.tables import Certificate, Checks, MethodRow, Table
 from harness.report.trust import GAP, anneals, differing, gap_error, settings
-from harness.statistics import DENSITY_RATIO, DISAGREEMENT, LOWER_BOUNDS, Agreement, Estimate, stem
+from harness.statistics import DENSITY_RATIO, DISAGREEMENT, LOWER_BOUNDS, Agreement, Estimate
 
 K_HAT = "k_hat_above_0.7"
 RESTS_ON_EVIDENCE = ("log_likelihood", "approximation_gap", "kl_to_posterior")

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from harness import statistics
+from harness import readings
 from harness.options import seeds_text
 from harness.report import cells, doubts, notes, tables
 from harness.report.build import tables_of
@@ -63,7 +63,7 @@ def write_report(store: Source, folder: Path) -> Path:
         *bullets(notes.legend(built)),
         *(line for table, shown in zip(built, pictures, strict=True) for line in _section(table, shown)),
         *_methods(built),
-        *environment(statistics.rows(records)),
+        *environment(readings.rows(records)),
     ]
     path = folder / "report.md"
     path.write_text("\n".join(sections) + "\n", encoding="utf-8")

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from harness.readings import stem
 from harness.report import distances, doubts, named
 from harness.report.cells import decimals, one_line
 from harness.report.entries import EXCEEDS, UNTRUSTED, VACUOUS, WARNING, Entry, Panel, entry, error_text, places_of
 from harness.report.tables import Checks, MethodRow, Table
 from harness.report.trust import GAP
-from harness.statistics import Agreement, Estimate, stem
+from harness.statistics import Agreement, Estimate
 
 GAPS = ("approximation_gap", "amortisation_gap", "kl_to_posterior")
 CHAINS = {

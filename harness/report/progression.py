@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from harness import statistics
+from harness import readings
 from harness.experiment import Progression
 from harness.report.figures import colours_of, plain, tidy
 from harness.report.reproduced import Results
@@ -48,7 +48,7 @@ def points(picture: Progression, results: Results) -> pd.DataFrame:
 
 
 def _asked(picture: Progression, row: Row) -> bool:
-    by = picture.evaluator in ("", statistics.stem(row["evaluator"] or ""))
+    by = picture.evaluator in ("", readings.stem(row["evaluator"] or ""))
     return row["status"] == "ok" and by and row["metric"] in (picture.metric, picture.floor)
 
 

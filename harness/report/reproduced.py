@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
-from harness import statistics
+from harness import readings, statistics
 from harness.experiment import Column, Contents, Contrast, Line, Suite
 from harness.report.build import exceeding, method_rows
 from harness.report.tables import MethodRow, certified_reach
@@ -41,11 +41,11 @@ class Ran:
 
     @cached_property
     def rows(self) -> list[Row]:
-        return statistics.rows(self.records)
+        return readings.rows(self.records)
 
     @cached_property
     def values(self) -> ValuesOf:
-        return statistics.values_per_observation(self.store.examples())
+        return readings.values_per_observation(self.store.examples())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,8 +94,8 @@ class Measured:
         if row is None:
             return None
         known = [e for e in row.estimates if e.metric != LOG_LIKELIHOOD or e.evaluator == self.evaluator]
-        known = [e for e in known if asked.evaluator in ("", statistics.stem(e.evaluator))]
-        shown = statistics.choose(known, metrics)
+        known = [e for e in known if asked.evaluator in ("", readings.stem(e.evaluator))]
+        shown = readings.choose(known, metrics)
         simulated = [e for e in known if e.metric in metrics and e.split == SIMULATED]
         return shown or next(iter(simulated), None)
 

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from harness import statistics
+from harness import readings, statistics
 from harness.report.tables import Certificate, MethodRow, Table
 from harness.statistics import (
     DENSITY_RATIO,
@@ -72,7 +72,7 @@ def anneals(estimate: Estimate) -> bool:
 
 def certificates(rows: Sequence[Row]) -> dict[str, Certificate]:
     """From the records of one method: evaluators whose settings bidirectional bounds were measured with too."""
-    measured = sorted(statistics.measured(rows), key=statistics.precision)
+    measured = sorted(readings.measured(rows), key=readings.precision)
     gaps = [row for row in measured if row["metric"] == GAP]
     estimates: dict[str, dict[int, Row]] = {}
     for row in measured:
@@ -93,7 +93,7 @@ def _certificate(estimates: Mapping[int, Row], gaps: Sequence[Row]) -> Certifica
         return None
     missing = sorted(estimates.keys() - matching.keys())
     seeds = sorted(matching)
-    gap = statistics.over_seeds([matching[seed] for seed in seeds])
+    gap = readings.over_seeds([matching[seed] for seed in seeds])
     return Certificate(
         gap=gap,
         gaps={seed: float(matching[seed]["value"]) for seed in seeds},
@@ -142,7 +142,7 @@ def chosen(rows: Sequence[MethodRow]) -> str:
         if len(known) == len(mine):
             gaps[evaluator] = max(known)
     looser = {pair for row in rows for pair in _looser(row)}
-    return statistics.log_likelihood_estimator([list(row.evidence.values()) for row in rows], gaps, looser) or ""
+    return readings.log_likelihood_estimator([list(row.evidence.values()) for row in rows], gaps, looser) or ""
 
 
 def _looser(row: MethodRow) -> set[str]:
@@ -161,7 +161,7 @@ def _looser(row: MethodRow) -> set[str]:
 def warnings(rows: Sequence[Row]) -> dict[tuple[str, str], dict[int, str]]:
     """The warnings that measurements of one method carry, by evaluator and metric, for each seed."""
     found: dict[tuple[str, str], dict[int, str]] = {}
-    for row in sorted(statistics.measured(rows), key=lambda row: int(row["seed"])):
+    for row in sorted(readings.measured(rows), key=lambda row: int(row["seed"])):
         text = settings(row["settings"]).get(WARNING)
         if text:
             found.setdefault((row["evaluator"], row["metric"]), {}).setdefault(int(row["seed"]), text)
