@@ -444,3 +444,11 @@ def test_a_short_fit_of_the_four_points_learns() -> None:
         method.fit(view, run)
     independent = 4 * (0.25 * math.log(0.25) + 0.75 * math.log(0.75))
     assert before < independent < log_p() < problem.optimum
+
+
+def test_a_full_covariance_needs_more_draws_than_dimensions() -> None:
+    view = view_of(SmallProblem())
+    few = AVBAC(encoder="injected", covariance="full", moment_draws=2)
+    assert few.unfit(view) == "covariance=full in 2 dimensions needs moment_draws above 2, got 2"
+    assert AVBAC(encoder="injected", covariance="full", moment_draws=3).unfit(view) is None
+    assert AVBAC(covariance="full").unfit(view) is None
