@@ -1,4 +1,4 @@
-"""Methods on one problem at equal steps and again at equal seconds, with settings that equal effort has found."""
+"""Methods on one problem at equal steps and again at equal seconds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 from harness.experiment import Column, Contrast, Done, Line, Suite, Tabulated, seconds_budget
 from harness.trials import Trials
 
-What = Literal["steps", "seconds"]
+Unit = Literal["steps", "seconds"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,9 @@ class EqualBudgets:
         budget: Of the fits at equal steps.
         columns: Of the tables; of trials only the first is shown.
         most_timed_seeds: At equal seconds only that many seeds, the first; 0 for all.
+
+    Raises:
+        ValueError: If labels and settings are not of the same methods.
     """
 
     name: str
@@ -35,6 +38,11 @@ class EqualBudgets:
     budget: str
     columns: Sequence[Column]
     most_timed_seeds: int = 0
+
+    def __post_init__(self) -> None:
+        runs = self.settings.settings if isinstance(self.settings, Trials) else self.settings
+        if set(runs) != set(self.labels):
+            raise ValueError(f"labels are of {sorted(self.labels)}, settings of {sorted(runs)}")
 
     def suites(self, done: Done) -> list[Suite]:
         """Those that can be named: the second reading depends on the first, and both on the trials."""
@@ -50,30 +58,29 @@ class EqualBudgets:
     def _trials(self) -> list[Trials]:
         return [self.settings] if isinstance(self.settings, Trials) else []
 
-    def _suite(self, what: What, methods: Mapping[str, str], budget: str) -> Suite:
+    def _suite(self, unit: Unit, methods: Mapping[str, str], budget: str) -> Suite:
         return Suite(
-            name=self._named(what),
+            name=self._named(unit),
             problem=self.problem,
             methods=methods,
             evaluators=self.evaluators,
             budget=budget,
-            most_seeds=self.most_timed_seeds if what == "seconds" else 0,
+            most_seeds=self.most_timed_seeds if unit == "seconds" else 0,
         )
 
-    def _named(self, what: What) -> str:
-        return f"{self.name}-equal-{what}"
+    def _named(self, unit: Unit) -> str:
+        return f"{self.name}-equal-{unit}"
 
-    def lines(self, what: What) -> list[Line]:
-        return [Line(label=label, suite=self._named(what), run=run) for run, label in self.labels.items()]
+    def lines(self, unit: Unit) -> list[Line]:
+        return [Line(label=label, suite=self._named(unit), run=run) for run, label in self.labels.items()]
 
-    def table(self, what: What) -> Tabulated:
-        return Tabulated(title=f"{self.title}, equal {what}", columns=self.columns, lines=self.lines(what))
+    def table(self, unit: Unit) -> Tabulated:
+        return Tabulated(title=f"{self.title}, equal {unit}", columns=self.columns, lines=self.lines(unit))
 
     @property
-    def tables(self) -> list[Tabulated]:
-        """Both readings, and what was tried."""
-        trials = [trials.table(self.columns[:1], f"{self.title}, trials") for trials in self._trials]
-        return [self.table("steps"), self.table("seconds"), *trials]
+    def trials_tables(self) -> list[Tabulated]:
+        """What was tried: one table, or none."""
+        return [trials.table(self.columns[:1], f"{self.title}, trials") for trials in self._trials]
 
     @property
     def contrasts(self) -> list[Contrast]:
@@ -83,9 +90,9 @@ class EqualBudgets:
                 statement=f"{line.label} has the higher log p(x) than {first.label}",
                 first=line,
                 second=first,
-                group=f"{self.title}, equal {what}",
+                group=f"{self.title}, equal {unit}",
             )
-            for what in ("steps", "seconds")
-            for first, *others in [self.lines(what)]
+            for unit in ("steps", "seconds")
+            for first, *others in [self.lines(unit)]
             for line in others
         ]

@@ -26,6 +26,7 @@ from harness import adaptive_contrast, adversarial, hookimpl
 from harness.adaptive_contrast import BasisEncoder, BasisNetworks, ContrastEncoder, Covariance, InjectedEncoder
 from harness.adversarial import LogRatio, NoiseInjectedEncoder
 from harness.model import LatentModel
+from harness.options import UserError
 from harness.posterior import Posterior
 from harness.problem import TrainingView
 from harness.training import GradientMethod, Modules, Noise, Player
@@ -78,8 +79,10 @@ class AVBAC(GradientMethod):
             of the VAE is then a member of the family. Not in the paper.
         moment_draws: Draws for the moments of an injected encoder, at every step.
         covariance: Of r(z|x): ``diagonal``, as in the paper, or ``full``. With the former the adversary has to learn
-            the correlations of q's dimensions; where q collapses onto a subspace these are tens of nats, of which it
-            sees few, because its loss is zero long before. With the latter log r knows them.
+            the correlations of q's dimensions; where q is narrow along oblique directions these are tens of nats, of
+            which it sees few, because its loss is zero long before. With the latter log r knows them, down to widths of
+            ``scale_floor``; n draws for the moments leave an error of about D (D + 3) / 4n nats;
+            fewer than 4 D are refused.
         scale_floor: Standard deviation whose square is added to every variance of r(z|x).
         quadratic: The adversary is a network plus |zn|^2/2, as in the released code, so that the network learns the log
             density of q's shape; else the network alone, which learns log q - log r: a constant where q is Gaussian.
@@ -114,10 +117,16 @@ class AVBAC(GradientMethod):
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.5
     kl_warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.encoder == "injected" and self.gaussian_part:
+            raise UserError(f"{self.name}: option gaussian_part belongs to encoder=basis; leave it out")
+
     def unfit(self, view: TrainingView) -> str | None:
-        dim = view.latent_dim
-        if self.encoder == "injected" and self.covariance == "full" and self.moment_draws <= dim:
-            return f"covariance=full in {dim} dimensions needs moment_draws above {dim}, got {self.moment_draws}"
+        draws, needed = self.moment_draws if self.encoder == "injected" else self.batch_size, 4 * view.latent_dim
+        if self.covariance == "full" and draws < needed:
+            option = "moment_draws" if self.encoder == "injected" else "batch_size"
+            return f"covariance=full needs {option} of at least 4 x {view.latent_dim} dimensions, got {draws}"
         return None
 
     def build(self, view: TrainingView) -> Modules:

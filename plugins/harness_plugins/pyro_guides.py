@@ -11,6 +11,8 @@ https://doi.org/10.1080/01621459.1986.10478240
 
 from __future__ import annotations
 
+import copy
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,8 +40,9 @@ Family = Literal[
     "AutoLaplaceApproximation",
     "AutoIAFNormal",
 ]
-NEWTON_STEPS, HALVINGS = 100, 40
-NEWTON_TOLERANCE = 1e-4  # nats
+NEWTON_STEPS, HALVINGS = 100, 20
+PROMISE = 1e-4  # nats
+ARMIJO = 1e-4
 PRIOR_DRAWS = 15  # whose median is where a guide starts: as many as Pyro takes for univariate sites
 
 
@@ -142,43 +145,56 @@ def _guide(family: Family, view: TrainingView) -> Any:
 
 
 def _expansion(model: LatentModel, x: Tensor, z: Tensor) -> MultivariateNormal:
-    r"""The Gaussian at a mode of log p(x, z), which Newton's method, with step halving, finds from z (D,).
+    r"""The Gaussian at a mode of log p(x, z), to which Newton's method, made to ascend, goes on from z (D,).
 
-    The optimiser ends near a mode, at a distance that depends on the budget; what is left is taken off here. The search
-    has ended once its next step promises a rise of less than `NEWTON_TOLERANCE`:
+    The optimiser ends near a mode, at a distance that depends on the budget; what is left is taken off here, in double
+    precision. With the eigenvalues of the Hessian H replaced by their absolute values every step is uphill; it is
+    halved until it rises by a part of what it promises. The search ends where a step promises less than `PROMISE`:
 
-    .. math:: z \leftarrow z - H^{-1} g, \quad \tfrac12 g^T (-H)^{-1} g < \epsilon
+    .. math:: z \leftarrow z + t |H|^{-1} g, \quad \tfrac12 g^T |H|^{-1} g < \epsilon
 
     Raises:
-        Diverged: If log p(x, z) has no maximum there, or the search does not end.
+        Diverged: If the search does not end, or ends where log p(x, z) has no maximum.
     """
+
+    dtype, x, z, model = z.dtype, x.double(), z.double(), copy.deepcopy(model).double()
 
     def log_joint(z: Tensor) -> Tensor:
         return model.log_joint(x, z[None]).sum()
 
     for _ in range(NEWTON_STEPS):
-        at = z.detach().requires_grad_(True)
-        with torch.enable_grad():
-            (gradient,) = torch.autograd.grad(log_joint(at), at)
-            curvature: Any = hessian(log_joint, at)
-        precision = -curvature
-        root, failure = torch.linalg.cholesky_ex(precision)
-        if failure or not root.isfinite().all():
-            raise Diverged("the Hessian of log p(x, z) is not negative definite where the search ended: no mode")
-        step = torch.cholesky_solve(gradient[:, None], root)[:, 0]
-        if 0.5 * gradient @ step < NEWTON_TOLERANCE:
-            return MultivariateNormal(z + step, precision_matrix=precision)
-        z = _risen(log_joint, z, step)
-    raise Diverged(f"the search for a mode of log p(x, z) has not ended after {NEWTON_STEPS} of Newton's steps")
+        height, gradient, (values, vectors) = _second_order(log_joint, z)
+        step = vectors @ ((vectors.mT @ gradient) / values.abs())
+        promise = float(0.5 * gradient @ step)
+        if not math.isfinite(promise):
+            break
+        if promise < PROMISE:
+            values, vectors = _second_order(log_joint, z := z + step)[2]
+            if not bool((values > 0).all()):
+                raise Diverged("the Hessian of log p(x, z) is not negative definite where the search ended: no mode")
+            root, failure = torch.linalg.cholesky_ex((vectors / values) @ vectors.mT)
+            if failure:
+                raise Diverged("the covariance at the mode of log p(x, z) is singular")
+            return MultivariateNormal(z.to(dtype), scale_tril=root.to(dtype))
+        parts = (0.5**halvings for halvings in range(HALVINGS))
+        part = next((t for t in parts if log_joint(z + t * step) >= height + ARMIJO * t * promise), 0.0)
+        if not part:
+            break
+        z = z + part * step
+    raise Diverged("the search for a mode of log p(x, z) has not ended: there may be none")
 
 
-def _risen(log_joint: Callable[[Tensor], Tensor], z: Tensor, step: Tensor) -> Tensor:
-    """The first of z + step, z + step/2, ... that is no lower."""
-    start = log_joint(z)
-    for halvings in range(HALVINGS):
-        if log_joint(z + step / 2**halvings) >= start:
-            return z + step / 2**halvings
-    raise Diverged("log p(x, z) does not rise along Newton's direction, in this precision: no mode found")
+def _second_order(function: Callable[[Tensor], Tensor], z: Tensor) -> tuple[float, Tensor, tuple[Tensor, Tensor]]:
+    """Value, gradient (D,), and eigenvalues (D,) and eigenvectors (D, D) of minus the Hessian, at z (D,)."""
+    z = z.detach().requires_grad_(True)
+    with torch.enable_grad():
+        value = function(z)
+        (gradient,) = torch.autograd.grad(value, z)
+        curvature: Any = hessian(function, z)
+    if not bool(curvature.isfinite().all()):
+        raise Diverged("the Hessian of log p(x, z) is not finite where the search for a mode has come")
+    values, vectors = torch.linalg.eigh(-0.5 * (curvature + curvature.mT))
+    return float(value.detach()), gradient, (values, vectors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +252,10 @@ class FullRank(WithDraws):
 
 @dataclass(frozen=True, kw_only=True)
 class Laplace(AutoGuideMethod):
-    """The Gaussian at a mode of log p(x, z), with the covariance that its curvature there gives."""
+    """The Gaussian at a mode of log p(x, z), with the covariance that its curvature there gives.
+
+    The budget is the optimiser's; Newton's steps, which then end at the mode, are in the seconds of the fit only.
+    """
 
     name: str = "laplace"
 
