@@ -41,8 +41,9 @@ Family = Literal[
     "AutoIAFNormal",
 ]
 NEWTON_STEPS, HALVINGS = 100, 20
-PROMISE = 1e-4  # nats
+PROMISE = 1e-8  # nats
 ARMIJO = 1e-4
+FLAT = 1e-4  # curvature: a standard deviation of 100, where latents are on a scale of about 1
 PRIOR_DRAWS = 15  # whose median is where a guide starts: as many as Pyro takes for univariate sites
 
 
@@ -170,7 +171,7 @@ def _expansion(model: LatentModel, x: Tensor, z: Tensor) -> MultivariateNormal:
             break
         if promise < PROMISE:
             values, vectors = _second_order(log_joint, z := z + step)[2]
-            if not bool((values > 0).all()):
+            if float(values.min()) < FLAT:
                 raise Diverged("the Hessian of log p(x, z) is not negative definite where the search ended: no mode")
             root, failure = torch.linalg.cholesky_ex((vectors / values) @ vectors.mT)
             if failure:

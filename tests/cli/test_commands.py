@@ -183,7 +183,8 @@ def test_a_suite_says_the_same_as_options_and_options_override_it(run: Run) -> N
 
 @pytest.mark.parametrize("suite", sorted((Path(__file__).parents[2] / "benchmarks/suites").glob("*.toml")), ids=str)
 def test_the_suites_of_the_repository_are_valid(suite: Path, run: Run) -> None:
-    code, out, _ = run("plan", "--suite", str(suite), "--json")
+    instead = ["--problems", "digits[latent_dim=8]"] if "mnist" in suite.stem else []  # tests have no MNIST
+    code, out, _ = run("plan", "--suite", str(suite), *instead, "--json")
     assert code == 0
     assert json.loads(out)
 
