@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 import harness
 from harness import adaptive_contrast, training
-from harness.adaptive_contrast import Auxiliary, BasisEncoder, BasisNetworks, DiagonalAuxiliary, FullAuxiliary
+from harness.adaptive_contrast import (
+    Auxiliary,
+    BasisEncoder,
+    BasisNetworks,
+    Covariance,
+    DiagonalAuxiliary,
+    FullAuxiliary,
+)
 from harness.adversarial import LogRatio
 from harness.clock import Clock
 from harness.method import Budget, Run
@@ -320,9 +327,9 @@ def test_the_adversary_has_nothing_to_learn_where_q_is_gaussian(quadratic: bool,
 
 
 @pytest.mark.parametrize("covariance", ["diagonal", "full"])
-def test_no_gradient_goes_through_the_moments(covariance: str, generator: torch.Generator) -> None:
+def test_no_gradient_goes_through_the_moments(covariance: Covariance, generator: torch.Generator) -> None:
     """The primal gradient is that with m and L as constants; it would be another one through them."""
-    method = AVBAC(**SMALL, gaussian_part=True, covariance=covariance)  # type: ignore[arg-type]
+    method = AVBAC(**SMALL, gaussian_part=True, covariance=covariance)
     modules, x = built(method)
     noise, model, adversary = noise_of(method, len(x), generator), modules["model"], modules["adversary"]
     encoder = modules["encoder"].requires_grad_(True)
