@@ -172,7 +172,7 @@ def _expansion(model: LatentModel, x: Tensor, z: Tensor) -> MultivariateNormal:
         if promise < PROMISE:
             values, vectors = _second_order(log_joint, z := z + step)[2]
             if float(values.min()) < FLAT:
-                raise Diverged("the Hessian of log p(x, z) is not negative definite where the search ended: no mode")
+                raise Diverged("log p(x, z) rises or is flat in some direction where the search ended: no mode")
             root, failure = torch.linalg.cholesky_ex((vectors / values) @ vectors.mT)
             if failure:
                 raise Diverged("the covariance at the mode of log p(x, z) is singular")
