@@ -144,6 +144,17 @@ class HasModes(Protocol):
         ...
 
 
+@runtime_checkable
+class HasNoMode(Protocol):
+    """A model whose log p(x, z), given its one observation, has no isolated maximum with a Hessian of full rank.
+
+    Args:
+        no_mode: Why, as a clause: methods that expand the density at a mode are skipped with that reason.
+    """
+
+    no_mode: str
+
+
 class Likelihood(nn.Module, ABC):
     """p(x|outputs of a decoder) for flattened observations of E elements."""
 

@@ -30,6 +30,8 @@ from harness.target import GridDensity, LogDensityModel, PosteriorProblem
 class TorusModel(LogDensityModel):
     """Radial: the direction is uniform, and what is left is a density of log r on a line."""
 
+    no_mode: ClassVar[str] = "its maxima are a circle"
+
     def __init__(self) -> None:
         super().__init__(latent_dim=2)
 
@@ -108,6 +110,7 @@ class TwoMoonsModel(StandardNormalPrior):
     REACH = 0.19  # of a crescent from its centre, nine standard deviations beyond its radius
     RADIUS, WIDTH, CENTRE = 0.1, 0.01, 0.25
     mode_weights: ClassVar[dict[str, float]] = {"theta[1] + theta[2] > 0": 0.5, "theta[1] + theta[2] < 0": 0.5}
+    no_mode: ClassVar[str] = "it is highest at the tips of the crescents, where it breaks off"
 
     reference: Tensor
 

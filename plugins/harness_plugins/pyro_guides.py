@@ -26,7 +26,7 @@ from torch.distributions import MultivariateNormal
 
 from harness import hookimpl
 from harness.method import Diverged, unfit_for_one_posterior
-from harness.model import LatentModel
+from harness.model import HasNoMode, LatentModel
 from harness.posterior import LocalFamily, LocalGaussian, Posterior
 from harness.problem import TrainingView
 from harness.pyro_guide import SEED, Guide, SVIMethod, negative_elbo, program_of, seed_of
@@ -111,6 +111,8 @@ class AutoGuideMethod(SVIMethod):
     def unfit(self, view: TrainingView) -> str | None:
         if self.family == "AutoIAFNormal" and view.latent_dim == 1:
             return "an autoregressive flow needs at least two dimensions"
+        if self.family == "AutoLaplaceApproximation" and isinstance(view.model, HasNoMode):
+            return f"expands log p(x, z) at a mode, and there is none: {view.model.no_mode}"
         return unfit_for_one_posterior(view)
 
     def build(self, view: TrainingView) -> Modules:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from harness.model import CanSimulate, HasEvidence, HasModes, HasQuantities, LatentModel
+from harness.model import CanSimulate, HasEvidence, HasModes, HasNoMode, HasQuantities, LatentModel
 from harness.target import PosteriorProblem
 from harness.testing import ConformanceError, check_problem
 from harness_plugins.exact import quadrature
@@ -51,6 +51,16 @@ def test_evidence_and_moments_are_sums_over_the_plane(problem: PosteriorProblem,
     assert not isinstance(model, HasModes | CanSimulate)
 
 
+def test_the_maxima_of_the_torus_are_a_circle() -> None:
+    model = Torus().target()
+    turn = torch.linspace(0, 2 * math.pi, 50, dtype=torch.float64)
+    circle = math.sqrt(2) * torch.stack([turn.cos(), turn.sin()], dim=-1)
+    assert isinstance(model, HasNoMode)
+    torch.testing.assert_close(model.log_target(circle), torch.zeros(50, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert bool((model.log_target(circle * 1.01) < 0).all())
+    assert bool((model.log_target(circle * 0.99) < 0).all())
+
+
 # Two moons
 
 
@@ -58,6 +68,27 @@ def moons() -> TwoMoonsModel:
     model = TwoMoons().target().double()
     assert isinstance(model, TwoMoonsModel)
     return model
+
+
+def test_a_crescent_is_highest_where_it_breaks_off() -> None:
+    """Along it the prior of z grows towards the tips, across it the maximum is inside, and beyond the tips is nothing."""
+    model = moons()
+    angle = torch.linspace(-0.999, 0.999, 401, dtype=torch.float64) * math.pi / 2
+    radius = torch.linspace(0.05, 0.15, 201, dtype=torch.float64)[:, None]
+
+    def log_joint(a: Tensor, b: Tensor) -> Tensor:
+        theta = torch.stack([a - b, a + b], dim=-1) / math.sqrt(2)
+        z = math.sqrt(2) * torch.erfinv(theta)
+        return model.log_joint(torch.zeros(1, 2, dtype=torch.float64), z[..., None, :])[..., 0]
+
+    height, across = log_joint(0.25 + radius * angle.cos(), -radius * angle.sin()).max(0)
+    assert bool(((across > 0) & (across < len(radius) - 1)).all())
+    middle = len(angle) // 2
+    assert bool((height[middle:].diff() > 0).all())
+    assert bool((height[: middle + 1].diff() < 0).all())
+    tip = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    assert bool((log_joint(torch.full((2,), 0.2499, dtype=torch.float64), 0.1 * tip) < height[[0, -1]] - 100).all())
+    assert isinstance(model, HasNoMode)
 
 
 def latent(a: Tensor, b: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from harness.target import PosteriorProblem
 from harness.testing import SmallProblem, check_method
 from harness.testing.small import view_of
 from harness_plugins.linear_gaussian import LinearGaussian, LinearGaussianModel, true_parameters
+from harness_plugins.planar import Banana, Torus
 from harness_plugins.pyro_guides import AutoGuide, AutoGuideMethod, FullRank, Laplace, MeanField
 
 CPU = torch.device("cpu")
@@ -272,6 +273,11 @@ def test_where_they_are_unfit() -> None:
     assert learnt.startswith("takes the model as given, and this one has parameters to learn: decoder.")
     flow = AutoGuide(guide="AutoIAFNormal").unfit(view_of(Saddle()))
     assert flow == "an autoregressive flow needs at least two dimensions"
+    for method in (Laplace(), AutoGuide(guide="AutoLaplaceApproximation")):
+        ring = method.unfit(view_of(Torus()))
+        assert ring == "expands log p(x, z) at a mode, and there is none: its maxima are a circle"
+    assert MeanField().unfit(view_of(Torus())) is None
+    assert Laplace().unfit(view_of(Banana())) is None
 
 
 def test_pyro_is_left_as_it_was() -> None:
