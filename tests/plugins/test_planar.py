@@ -71,7 +71,7 @@ def moons() -> TwoMoonsModel:
 
 
 def test_a_crescent_is_highest_where_it_breaks_off() -> None:
-    """Along it the prior of z grows towards the tips, across it the maximum is inside, and beyond the tips is nothing."""
+    """Along it the prior of z grows towards the tips, across it the maximum is inside, beyond the tips is nothing."""
     model = moons()
     angle = torch.linspace(-0.999, 0.999, 401, dtype=torch.float64) * math.pi / 2
     radius = torch.linspace(0.05, 0.15, 201, dtype=torch.float64)[:, None]
