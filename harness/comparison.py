@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 from collections.abc import Iterable, Sequence
@@ -12,9 +11,10 @@ from typing import Any, Protocol
 import pandas as pd
 
 from harness import environment
+from harness.bundling import Task, bundles
 from harness.evaluator import Evaluator
 from harness.executors import LocalExecutor
-from harness.job import Job, fit_in_memory, restored, run_job
+from harness.job import Job
 from harness.method import CurvePoint, Fit, Method
 from harness.options import UserError, parse_seconds, unknown
 from harness.planning import (
@@ -29,6 +29,7 @@ from harness.planning import (
 )
 from harness.problem import DeviceData, Problem, placed
 from harness.registry import Registry
+from harness.running import JobOutcome, fit_in_memory, fit_jobs, measure_job, restored
 from harness.stopping import Stop
 from harness.store import Store
 
@@ -42,7 +43,7 @@ class Progress(Protocol):
     """What is told of the work while it goes on."""
 
     def started(self, jobs: int) -> None: ...
-    def job_started(self, index: int, job: PlannedJob) -> None: ...
+    def job_started(self, job: PlannedJob, together: int = 1) -> None: ...
     def resumed(self, fraction: float, step: int) -> None: ...
     def step(self, fraction: float, step: int, objective: float, seconds: float) -> None: ...
     def measuring(self, evaluator: str) -> None: ...
@@ -55,7 +56,7 @@ class Silent:
     """Progress that is not shown."""
 
     def started(self, jobs: int) -> None: ...
-    def job_started(self, index: int, job: PlannedJob) -> None: ...
+    def job_started(self, job: PlannedJob, together: int = 1) -> None: ...
     def resumed(self, fraction: float, step: int) -> None: ...
     def step(self, fraction: float, step: int, objective: float, seconds: float) -> None: ...
     def measuring(self, evaluator: str) -> None: ...
@@ -73,6 +74,7 @@ def compare(
     evaluators: Selection | None = None,
     device: str = "auto",
     precision: str = "float32",
+    vectorize_seeds: bool = False,
     out: str | Path = DEFAULT_OUT,
     plugins: Iterable[str | Path] = (),
     retry: Iterable[str] = (),
@@ -88,6 +90,9 @@ def compare(
             Evaluators: all that are used by default, unless given.
         seeds: How many (0, 1, ...), or which.
         budget: ``steps=5000`` and the like for all problems; each problem's own default unless given.
+        vectorize_seeds: Fit all seeds of a method on a problem, and its learning rates, as one batched program. Each
+            is the fit of its seed alone, but for the order of sums; they share a clock. What cannot be batched is
+            fitted one by one, with a warning in the log.
         retry: Statuses (``failed`` ...) of finished jobs that are to be tried again.
         stop_after: Seconds after which this run ends at the next checkpoint, or before the next job or measurement; the
             same call goes on from there. To the end unless given. Several calls may share a `Stop`.
@@ -100,7 +105,9 @@ def compare(
         Stopped: If the run has ended before its work was done; a KeyboardInterrupt.
     """
     stop = stopping(stop_after)
-    comparison = resolve(methods, problems, seeds, budget, evaluators, device, precision, plugins, retry)
+    comparison = resolve(
+        methods, problems, seeds, budget, evaluators, device, precision, plugins, retry, vectorize_seeds
+    )
     return _execute(comparison, Store.create(out), progress or Silent(), stop)
 
 
@@ -113,6 +120,7 @@ def plan(
     evaluators: Selection | None = None,
     device: str = "auto",
     precision: str = "float32",
+    vectorize_seeds: bool = False,
     out: str | Path = DEFAULT_OUT,
     plugins: Iterable[str | Path] = (),
     retry: Iterable[str] = (),
@@ -120,7 +128,9 @@ def plan(
 ) -> list[PlannedJob]:
     """Every job that `compare` with the same arguments would look at, done or not; runs none and writes nothing."""
     stopping(stop_after)
-    comparison = resolve(methods, problems, seeds, budget, evaluators, device, precision, plugins, retry)
+    comparison = resolve(
+        methods, problems, seeds, budget, evaluators, device, precision, plugins, retry, vectorize_seeds
+    )
     return [comparison.planned(job, Store(out)) for job in comparison.jobs]
 
 
@@ -167,11 +177,11 @@ def fit(
 
     Raises:
         UserError: For any mistake in the arguments.
-        Skipped, Diverged: As in `harness.job.fit_in_memory`.
+        Skipped, Diverged: As in `harness.running.fit_in_memory`.
     """
     comparison = resolve(method, problem, [seed], budget, None, device, precision, plugins, ())
     job: Job = _one(comparison.jobs, "fit")
-    return fit_in_memory(job, job.new_run())
+    return fit_in_memory(job)
 
 
 def load(out: str | Path, job_id: str, *, device: str = "auto", plugins: Iterable[str | Path] = ()) -> Fit:
@@ -211,35 +221,32 @@ def _one(items: Sequence[Any], what: str) -> Any:
 
 def _execute(comparison: Comparison, store: Store, progress: Progress, stop: Stop) -> pd.DataFrame:
     """Work on what is not done yet; the derived tables are written whatever happens."""
-    tasks = [(job, entry) for job in comparison.jobs if not (entry := comparison.planned(job, store)).done]
+    tasks = [Task(job, entry) for job in comparison.jobs if not (entry := comparison.planned(job, store)).done]
     if not tasks:
         return _of(comparison, store.records() if store.is_derived() else store.derive())
     facts = {**environment.describe(comparison.device), "run_id": comparison.run_id}
     store.write_text("environment.json", json.dumps({**environment.versions(), **facts}, indent=1))
-    counter = itertools.count(1)
 
-    def work(task: tuple[Job, PlannedJob]) -> None:
-        job, entry = task
+    def work(bundle: Sequence[Task]) -> None:
         stop.before_job()
-        progress.job_started(next(counter), entry)
-        comparison.registry.notify("harness_job_started", job=job)
-        outcome = run_job(
-            job,
-            entry.waiting,
-            store,
-            facts,
-            _reporter(progress),
-            progress.measuring,
-            progress.measured,
-            progress.resumed,
-            stop,
-        )
-        progress.job_finished(entry, outcome.status, outcome.reason)
-        comparison.registry.notify("harness_job_finished", job=job, outcome=outcome)
+        progress.job_started(bundle[0].entry, len(bundle))
+        for task in bundle:
+            comparison.registry.notify("harness_job_started", job=task.job)
+        fits: list[tuple[JobOutcome, Fit | None]] = [(JobOutcome("ok"), None)]  # a single one, that is stored
+        if not bundle[0].entry.status:
+            jobs = [task.job for task in bundle]
+            fits = fit_jobs(jobs, store, facts, _reporter(progress), progress.resumed, stop)
+        for (job, entry), (outcome, fit) in zip(bundle, fits, strict=True):
+            if len(bundle) > 1:
+                progress.job_started(entry)
+            if outcome.status == "ok":
+                outcome = measure_job(job, entry.waiting, fit, store, progress.measuring, progress.measured, stop)
+            progress.job_finished(entry, outcome.status, outcome.reason)
+            comparison.registry.notify("harness_job_finished", job=job, outcome=outcome)
 
     progress.started(len(tasks))
     try:
-        LocalExecutor().run(work, tasks)
+        LocalExecutor().run(work, bundles(tasks))
     finally:
         progress.finished()
         records = store.derive()

@@ -10,9 +10,10 @@ import pluggy
 if TYPE_CHECKING:
     from harness.evaluator import Evaluator
     from harness.experiment import Experiment
-    from harness.job import Job, JobOutcome
+    from harness.job import Job
     from harness.method import Method
     from harness.problem import Dataset, Problem
+    from harness.running import JobOutcome
 
 PROJECT = "harness"
 ENTRY_POINT_GROUP = "harness.plugins"

@@ -233,6 +233,10 @@ class Method(Configurable, ABC):
         """Why this method cannot be used on a problem, or None. The job is then ``skipped`` with that reason."""
         return None
 
+    def one_by_one(self) -> str | None:
+        """Why fits from several seeds cannot be one batched program, or None."""
+        return "it has no steps that could be batched"
+
     @abstractmethod
     def fit(self, view: TrainingView, run: Run) -> Fit:
         """Fit ``view.model`` and a posterior within ``run.budget``.

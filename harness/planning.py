@@ -25,6 +25,9 @@ from harness.store import Facts, Store
 
 log = logging.getLogger(__name__)
 
+VECTORISED = "vectorised"
+"""The step mode of a fit that may share its steps with others."""
+
 Selection = str | Method | Problem | Evaluator | Iterable[str | Method | Problem | Evaluator]
 
 
@@ -106,6 +109,7 @@ def resolve(
     precision: str,
     plugins: Iterable[str | Path],
     retry: Iterable[str],
+    vectorize_seeds: bool = False,
 ) -> Comparison:
     registry = Registry.discover(plugins)
     chosen_methods: list[Method] = select(registry, "methods", methods)
@@ -134,7 +138,22 @@ def resolve(
         for seed in numbers
         for method in chosen_methods
     ]
+    jobs = vectorised(jobs) if vectorize_seeds else jobs
     return Comparison(registry, jobs, chosen_evaluators, place, _statuses(retry))
+
+
+def vectorised(jobs: Iterable[Job]) -> list[Job]:
+    """The jobs, those whose steps can be shared in that mode; why others' cannot is told in the log."""
+    reasons = {job: _one_by_one(job) for job in jobs}
+    for name, reason in dict.fromkeys((job.method.name, reason) for job, reason in reasons.items() if reason):
+        log.warning("%s: seeds are fitted one by one: %s", name, reason)
+    return [job if reason else dataclasses.replace(job, step_mode=VECTORISED) for job, reason in reasons.items()]
+
+
+def _one_by_one(job: Job) -> str | None:
+    if job.budget.unit == "converged":
+        return "each ends where it has converged"
+    return job.method.one_by_one()
 
 
 def _check(problem: Problem) -> None:

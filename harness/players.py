@@ -1,11 +1,11 @@
-"""What a step of training changes: players with their parameters and optimisers, streams of noise, buffers.
+"""What a step of training changes: players with their parameters and optimisers, and streams of noise.
 
 Each part has a state that can be kept and taken up again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,50 +43,105 @@ class Player:
     steps: int = 1
 
 
-class Owned:
-    """A player with its parameters, all in one flat vector, and its optimiser.
+class InPlace:
+    """Tensors that steps change in place."""
 
-    The modules' parameters become views of that vector, so that a step of the optimiser is one operation, whatever the
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = dict(tensors)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.tensors
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.tensors.items():
+            tensor.copy_(state[name])
+
+
+class Owned:
+    """A player with its parameters in R replicas, each replica's all in one row of a matrix, and its optimiser.
+
+    The modules' parameters become views of their row, so that a step of the optimiser is one operation, whatever the
     number of layers. A player whose modules have no parameters (a fixed model) never steps.
+
+    Args:
+        players: One for each replica: the same but for learning rate and betas.
+        modules: Those of each replica.
     """
 
-    def __init__(self, player: Player, modules: Modules) -> None:
-        self.player = player
-        self.parameters = [parameter for name in player.on for parameter in modules[name].parameters()]
+    def __init__(self, players: Sequence[Player], modules: Sequence[Modules]) -> None:
+        self.player = players[0]
+        self.replicas = [dict(_parameters(self.player, own)) for own in modules]
+        self.parameters = list(self.replicas[0].values())
         if not self.parameters:
             return
         # Zeros behind each tensor make the next one start at an address that suits vector instructions.
-        self.paddings = [p.detach().new_zeros(-p.numel() % ALIGNED_ELEMENTS) for p in self.parameters]
-        self.flat = self._flattened([parameter.detach() for parameter in self.parameters])
-        offset = 0
-        for parameter, padding in zip(self.parameters, self.paddings, strict=True):
-            parameter.data = self.flat[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel() + len(padding)
-        self.optimiser = torch.optim.Adam([self.flat], lr=player.lr, betas=player.betas, fused=True)
+        self.paddings = [p.detach().new_zeros(len(modules), -p.numel() % ALIGNED_ELEMENTS) for p in self.parameters]
+        self.sizes = [p.numel() for p in self.parameters]
+        self.flat = self._flattened([stacked.detach() for stacked in stacks(self.replicas).values()])
+        self.rows = self.flat.unbind()
+        for own, row in zip(self.replicas, self.rows, strict=True):
+            for parameter, part in zip(own.values(), self._parts(row), strict=True):
+                parameter.data = part.view_as(parameter)
+        groups: dict[tuple[float, tuple[float, float]], list[Tensor]] = {}
+        for player, row in zip(players, self.rows, strict=True):
+            groups.setdefault((player.lr, player.betas), []).append(row)
+        self.lrs = [lr for lr, _ in groups]
+        self.optimiser = torch.optim.Adam(
+            [{"params": rows, "betas": betas} for (_, betas), rows in groups.items()], fused=True
+        )
+        for row in self.rows:
+            moments = {name: torch.zeros_like(row) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimiser.state[row] = {"step": torch.zeros((), device=row.device), **moments}
 
-    def _flattened(self, tensors: Sequence[Tensor]) -> Tensor:
-        pairs = zip(tensors, self.paddings, strict=True)
-        return torch.cat([piece for tensor, padding in pairs for piece in (tensor.reshape(-1), padding)])
+    def batched(self) -> dict[str, Tensor]:
+        """The parameters of all replicas by name, (R, *shape): views of the same memory, to differentiate with."""
+        self.parameters = [
+            part.view(len(self.rows), *parameter.shape).detach().requires_grad_()
+            for part, parameter in zip(self._parts(self.flat), self.parameters, strict=True)
+        ]
+        return dict(zip(self.replicas[0], self.parameters, strict=True))
 
     def differentiate(self, loss: Tensor, clip_norm: float, *, keep: bool) -> None:
-        """Put the gradient of the player's loss where the optimiser finds it."""
-        self.flat.grad = self._flattened(torch.autograd.grad(loss, self.parameters, retain_graph=keep))
-        if clip_norm:
-            nn.utils.clip_grad_norm_([self.flat], clip_norm)
+        """Put the gradients of the player's loss, a scalar or (R,), where the optimiser finds them."""
+        gradients = torch.autograd.grad(loss, self.parameters, torch.ones_like(loss), retain_graph=keep)
+        for row, gradient in zip(self.rows, self._flattened(gradients), strict=True):
+            row.grad = gradient
+            if clip_norm:
+                nn.utils.clip_grad_norm_([row], clip_norm)
 
     def step(self, lr_factor: float) -> None:
-        self.optimiser.param_groups[0]["lr"] = self.player.lr * lr_factor
+        for group, lr in zip(self.optimiser.param_groups, self.lrs, strict=True):
+            group["lr"] = lr * lr_factor
         self.optimiser.step()
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The parameters, flat, and what the optimiser knows of them."""
-        return {"flat": self.flat, **self.optimiser.state_dict()["state"][0]} if self.parameters else {}
+    def part(self, replica: int) -> InPlace:
+        """The parameters of one replica, flat, and what the optimiser knows of them."""
+        if not self.parameters:
+            return InPlace({})
+        row = self.rows[replica]
+        return InPlace({"flat": row, **self.optimiser.state[row]})
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if self.parameters:
-            self.flat.copy_(state["flat"])
-            moments = {name: tensor for name, tensor in state.items() if name != "flat"}
-            self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": {0: moments}})
+    def _flattened(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors (R, *shape), or (*shape) of a single replica, side by side: (R, P)."""
+        rows = [tensor.reshape(len(self.paddings[0]), -1) for tensor in tensors]
+        return torch.cat([piece for pair in zip(rows, self.paddings, strict=True) for piece in pair], 1)
+
+    def _parts(self, flat: Tensor) -> list[Tensor]:
+        """What `_flattened` has put together, of all replicas (R, P) or one (P,): each of (R, n) or (n,)."""
+        paddings = [padding.shape[1] for padding in self.paddings]
+        sizes = [size for pair in zip(self.sizes, paddings, strict=True) for size in pair]
+        return list(flat.split(sizes, dim=-1))[::2]
+
+
+def _parameters(player: Player, modules: Modules) -> Iterator[tuple[str, nn.Parameter]]:
+    for on in player.on:
+        for name, parameter in modules[on].named_parameters():
+            yield f"{on}.{name}", parameter
+
+
+def stacks(replicas: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors of the same names, stacked: each (R, *shape)."""
+    return {name: torch.stack([own[name] for own in replicas]) for name in replicas[0]}
 
 
 class NoiseStreams:
@@ -111,17 +166,3 @@ class NoiseStreams:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for name, stream in self.streams.items():
             stream.set_state(state[name])
-
-
-class Buffers:
-    """Those tensors of the modules that are no parameters."""
-
-    def __init__(self, modules: Modules) -> None:
-        self.modules = modules
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return dict(self.modules.named_buffers())
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        for name, buffer in self.modules.named_buffers():
-            buffer.copy_(state[name])

@@ -198,6 +198,9 @@ class SVIMethod(GradientMethod):
 
     lr: PositiveFloat = 1e-3
 
+    def one_by_one(self) -> str:
+        return "Pyro draws from one generator for all"
+
     def players(self) -> list[Player]:
         return [Player("negative_elbo", on=("model", "guide"), lr=self.lr)]
 

@@ -10,27 +10,27 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from harness.method import CurvePoint, Diverged, Fit, Method, Run, State
+from harness.method import Diverged, Fit, Method, Run, State
 from harness.nn import count_parameters
-from harness.players import Buffers, Modules, Noise, NoiseStreams, Owned, Player
+from harness.players import InPlace, Modules, Noise, Owned, Player
 from harness.posterior import Posterior
 from harness.problem import TrainingView
+from harness.replicas import Replica, Together
+from harness.stopping import Stopped
 
-FURTHER = "further minibatches"  # of a player's own steps: the first step's stay the same for all methods
 LOG_EVERY = 100
 CLOCK_EVERY = 10
 VALIDATION_CHECKS = 20
 CONVERGENCE_CHECK_STEPS = 500
-VALIDATION_BATCH = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +43,9 @@ class GradientMethod(Method):
             Without effect where convergence decides.
         clip_norm: Largest norm of a player's gradient; 0 for no clipping, as in the released code of the AVB paper.
     """
+
+    per_replica: ClassVar[frozenset[str]] = frozenset()
+    """Options that only `players` reads, as learning rates: fits may differ in these and still be trained at once."""
 
     batch_size: PositiveInt = 128
     lr_decay: PositiveFloat = 0.1
@@ -83,29 +86,73 @@ class GradientMethod(Method):
         where that part is not known.
         """
 
+    def one_by_one(self) -> str | None:
+        return None
+
     def fit(self, view: TrainingView, run: Run) -> Fit:
-        modules = _built(self, view)
-        loop = _Loop(self, view, run, modules)
-        loop.resume()
-        step = loop.train()
-        evaluations = step * sum(player.steps for player in self.players())
-        return self._fit(view, modules, step, evaluations)
+        [ended] = _trained([self], [_replica(self, view, run)])
+        if isinstance(ended, Diverged):
+            raise ended
+        return ended
 
     def restore(self, view: TrainingView, state: Mapping[str, Tensor]) -> Fit:
         modules = _built(self, view)
         modules.load_state_dict(state)
-        return self._fit(view, modules, 0, 0)
+        return self.fit_of(view, modules)
 
-    def _fit(self, view: TrainingView, modules: Modules, steps: int, gradient_evaluations: int) -> Fit:
+    def fit_of(self, view: TrainingView, modules: Modules, steps: int = 0) -> Fit:
+        """The fit that trained modules are."""
         modules.eval().requires_grad_(False)
         state = {name: tensor.detach() for name, tensor in modules.state_dict().items()}
         parameters = count_parameters(modules) - count_parameters(view.model)
-        return Fit(view.model, self.posterior(modules), state, parameters, steps, gradient_evaluations)
+        evaluations = steps * sum(player.steps for player in self.players())
+        return Fit(view.model, self.posterior(modules), state, parameters, steps, evaluations)
+
+
+def fit_together(
+    methods: Sequence[GradientMethod], views: Sequence[TrainingView], runs: Sequence[Run]
+) -> list[Fit | Diverged]:
+    """Fits of one method from several seeds, whose steps are one batched program; each is that of its seed alone.
+
+    Minibatches, noise and initial weights of each are those of a single fit; sums are in another order, so that the
+    results are not the same to the last bit. A fit that diverges does not end the others.
+
+    Args:
+        methods: One for each fit: the same but for options in `GradientMethod.per_replica`.
+        views, runs: Those of each fit; the runs share their budget and their clock.
+
+    Raises:
+        ValueError: If these cannot be trained together.
+    """
+    if any(run.budget != runs[0].budget or run.clock is not runs[0].clock for run in runs):
+        raise ValueError("fits that are trained together must share their budget and their clock")
+    if runs[0].budget.unit == "converged" and len(runs) > 1:
+        raise ValueError("fits that end when they have converged cannot be trained together")
+    replicas = []
+    for method, view, run in zip(methods, views, runs, strict=True):
+        with run.streams.initial_weights(shared=False):
+            replicas.append(_replica(method, view, run))
+    return _trained(methods, replicas)
 
 
 def stepper(method: GradientMethod, view: TrainingView, run: Run) -> Callable[[], None]:
     """A function that takes one step of a fit: to time it, or to look on while a method trains."""
-    return _Loop(method, view, run, _built(method, view)).step
+    return _Loop([method], [_replica(method, view, run)]).step
+
+
+def _trained(methods: Sequence[GradientMethod], replicas: Sequence[Replica]) -> list[Fit | Diverged]:
+    loop = _Loop(methods, replicas)
+    loop.resume()
+    loop.train()
+    return [
+        replica.diverged or method.fit_of(replica.view, replica.modules, loop.steps)
+        for method, replica in zip(methods, replicas, strict=True)
+    ]
+
+
+def _replica(method: GradientMethod, view: TrainingView, run: Run) -> Replica:
+    objective = method.players()[0].name
+    return Replica(view, run, _built(method, view), method.losses, objective, method.noise(view), method.batch_size)
 
 
 def _built(method: GradientMethod, view: TrainingView) -> Modules:
@@ -120,37 +167,38 @@ def _built(method: GradientMethod, view: TrainingView) -> Modules:
 
 @dataclass
 class _Loop:
-    method: GradientMethod
-    view: TrainingView
-    run: Run
-    modules: Modules
+    """The steps of one or several replicas; budget, clock and checkpoints are those of the first one's run."""
+
+    methods: Sequence[GradientMethod]
+    replicas: Sequence[Replica]
     pending: list[Tensor] = field(default_factory=list)
     steps: int = 0
     fraction: float = 0.0
     lr_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        self.owned = [Owned(player, self.modules) for player in self.method.players()]
-        self.objective = self.owned[0].player.name
-        self.shapes = self.method.noise(self.view)
-        self.batches = self.run.batches(self.view.train, self.method.batch_size)
-        self.further_batches = self.run.batches(self.view.train, self.method.batch_size, FURTHER)
-        self.noise = NoiseStreams(self.run, self.shapes, "noise")
+        self.method, self.run = self.methods[0], self.replicas[0].run
+        modules = [replica.modules for replica in self.replicas]
+        players = zip(*(method.players() for method in self.methods), strict=True)
+        self.owned = [Owned(same, modules) for same in players]
+        self.together = Together(self.replicas, self.owned)
         self.check_every = (
             math.ceil(self.run.budget.amount / VALIDATION_CHECKS)
             if self.run.budget.unit == "steps"
             else CONVERGENCE_CHECK_STEPS
         )
 
-    def train(self) -> int:
-        """Train until the budget is spent; returns the number of steps."""
-        self.modules.train()
+    def train(self) -> None:
+        """Train until the budget is spent."""
+        for replica in self.replicas:
+            replica.modules.train()
         by_clock = self.run.budget.unit == "seconds"
         batches_per_step = 1 + sum(owned.player.steps - 1 for owned in self.owned if owned.parameters)
         done = False
         while not done:
             if self.run.budget.unit != "converged":
-                self.method.schedule(self.modules, self.fraction)
+                for method, replica in zip(self.methods, self.replicas, strict=True):
+                    method.schedule(replica.modules, self.fraction)
             self.steps += 1
             self.step()
             if not by_clock or self.steps % CLOCK_EVERY == 0:  # reading the clock waits for the device
@@ -160,18 +208,17 @@ class _Loop:
             check = done or self.steps % self.check_every == 0
             if check or self.steps % LOG_EVERY == 0:
                 self._log(check)
-                done = done or self.run.converged()
+                done = done or self.run.converged() or all(replica.diverged for replica in self.replicas)
             if not done and self.run.checkpoint.due():
-                self.run.checkpoint.save(self.state(), self.steps, self.fraction)
-        if not all(bool(parameter.isfinite().all()) for parameter in self.modules.parameters()):
-            raise Diverged(f"parameters are not finite after step {self.steps}")
-        return self.steps
+                self._save()
+        for replica in self.replicas:
+            if not all(bool(parameter.isfinite().all()) for parameter in replica.modules.parameters()):
+                replica.diverged = replica.diverged or Diverged(f"parameters are not finite after step {self.steps}")
 
     def step(self) -> None:
         """All players at once from one shared forward pass, then the further steps of those that take more."""
-        size = self.method.batch_size
-        losses = self.method.losses(self.modules, next(self.batches), self.noise.draw(size))
-        self.pending.append(losses[self.objective].detach())
+        losses = self.together.losses()
+        self.pending.append(losses[self.replicas[0].objective].detach().reshape(-1))
         movers = [owned for owned in self.owned if owned.parameters]
         clip_norm = self.method.clip_norm
         for i, owned in enumerate(movers):
@@ -180,38 +227,68 @@ class _Loop:
             owned.step(self.lr_factor)
         for owned in movers:
             for _ in range(owned.player.steps - 1):
-                losses = self.method.losses(self.modules, next(self.further_batches), self.noise.draw(size))
+                losses = self.together.losses(further=True)
                 owned.differentiate(losses[owned.player.name], clip_norm, keep=False)
                 owned.step(self.lr_factor)
 
-    def _parts(self) -> dict[str, Any]:
-        """Everything with tensors that a step changes, by name."""
-        players = {f"player {owned.player.name}": owned for owned in self.owned}
-        batches = {"minibatches": self.batches, FURTHER: self.further_batches}
-        return {**players, **batches, "noise": self.noise, "buffers": Buffers(self.modules)}
+    def _parts(self, number: int) -> dict[str, Any]:
+        """Everything with tensors that a step changes of one replica, by name."""
+        replica = self.replicas[number]
+        players = {f"player {owned.player.name}": owned.part(number) for owned in self.owned}
+        return {**players, **replica.streams, "buffers": InPlace(dict(replica.modules.named_buffers()))}
 
-    def state(self) -> State:
-        """All that decides the steps to come, besides what the run keeps itself."""
+    def state(self, number: int) -> State:
+        """All that decides the steps of one replica to come, besides what its run keeps itself."""
         tensors = {
             f"{part}/{name}": tensor
-            for part, thing in self._parts().items()
+            for part, thing in self._parts(number).items()
             for name, tensor in thing.state_dict().items()
         }
-        pending = torch.stack(self.pending) if self.pending else torch.empty(0, dtype=self.run.dtype)
         facts = {"steps": self.steps, "fraction": self.fraction, "lr_factor": self.lr_factor}
-        return State({**tensors, "pending": pending}, facts)
+        return State({**tensors, "pending": self._objectives()[:, number]}, facts)
+
+    def _objectives(self) -> Tensor:
+        """The objectives that are not in the training curves yet: one row for each step, a column for each replica."""
+        none = torch.empty(0, len(self.replicas), device=self.run.device, dtype=self.run.dtype)
+        return torch.stack(self.pending) if self.pending else none
+
+    def _save(self) -> None:
+        """Keep the states of all replicas, also if the run is to end here.
+
+        Raises:
+            Stopped: If it is.
+        """
+        stopped: Stopped | None = None
+        for number, replica in enumerate(self.replicas):
+            try:
+                replica.run.checkpoint.save(self.state(number), self.steps, self.fraction)
+            except Stopped as end:
+                stopped = end
+        if stopped is not None:
+            raise stopped
 
     def resume(self) -> None:
         """Go on from where an earlier run stopped, if there is such a place.
 
         Raises:
-            ValueError: If it belongs to other modules.
+            ValueError: If it belongs to other modules, or if replicas have not come equally far.
         """
-        state = self.run.checkpoint.load()
-        if state is None:
+        states = [replica.run.checkpoint.load() for replica in self.replicas]
+        reached = [state and state.facts["steps"] for state in states]
+        if len(set(reached)) != 1:
+            raise ValueError(f"{self.method.name}: fits that are trained together have stopped at the steps {reached}")
+        if states[0] is None:
             return
+        for number, state in enumerate(states):
+            self._take_up(number, state)
+        pending = [state.tensors["pending"].to(self.run.device) for state in states]
+        self.pending = list(torch.stack(pending, dim=1))
+        facts = states[0].facts
+        self.steps, self.fraction, self.lr_factor = facts["steps"], facts["fraction"], facts["lr_factor"]
+
+    def _take_up(self, number: int, state: State) -> None:
         try:
-            for part, thing in self._parts().items():
+            for part, thing in self._parts(number).items():
                 own = {name: tensor for name, tensor in state.tensors.items() if name.startswith(f"{part}/")}
                 thing.load_state_dict({name.removeprefix(f"{part}/"): tensor for name, tensor in own.items()})
         except (KeyError, RuntimeError) as error:
@@ -219,30 +296,14 @@ class _Loop:
                 f"{self.method.name}: the checkpoint does not fit the modules that build() returns now ({error}); "
                 "delete it from the folder 'checkpoints' to fit anew"
             ) from error
-        self.pending = list(state.tensors["pending"].to(self.run.device))
-        self.steps, self.fraction = state.facts["steps"], state.facts["fraction"]
-        self.lr_factor = state.facts["lr_factor"]
 
     def _log(self, check: bool) -> None:
-        mean = float(torch.stack(self.pending).mean())
+        means = self._objectives().mean(0).tolist()
         self.pending.clear()
         seconds = self.run.clock.elapsed()
-        validation = self._validate() if check else None
-        self.run.log(CurvePoint(self.steps, seconds, mean, validation), self.fraction)
-
-    def _validate(self) -> float:
-        """The objective on the validation split, with the same noise at every check; off the fit clock."""
-        noise = NoiseStreams(self.run, self.shapes, "validation")
-        observations = self.view.validation
-        copies = max(1, VALIDATION_BATCH // len(observations))  # more noise where there are few observations
-        total, n = 0.0, copies * len(observations)
-        with self.run.clock.paused(), torch.no_grad():
-            self.modules.eval()
-            for x in observations.repeat(copies, *[1] * (observations.ndim - 1)).split(VALIDATION_BATCH):
-                losses = self.method.losses(self.modules, x, noise.draw(len(x)))
-                total += float(losses[self.objective]) * len(x)
-            self.modules.train()
-        return total / n
+        for replica, mean in zip(self.replicas, means, strict=True):
+            if not replica.diverged:
+                replica.log(self.steps, self.fraction, seconds, mean, check=check)
 
 
 @cache

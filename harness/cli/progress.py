@@ -32,6 +32,7 @@ class Tally:
     jobs: int = 0
     finished: int = 0
     job: str = ""
+    together: int = 1
     fraction: float = 0.0
     step: int = 0
     objective: float = math.nan
@@ -46,12 +47,14 @@ class Tally:
     def start(self, jobs: int) -> None:
         self.jobs, self.finished, self.before, self.began = jobs, 0, 0.0, self.now()
 
-    def start_job(self, job: PlannedJob) -> None:
-        self.job, self.evaluator, self.job_began = f"{job.label} on {job.problem}, seed {job.seed}", "", self.now()
+    def start_job(self, job: PlannedJob, together: int) -> None:
+        self.job = f"{job.label} on {job.problem}, seed {job.seed}"
+        self.job += f" and {together - 1} more at once" if together > 1 else ""
+        self.together, self.evaluator, self.job_began = together, "", self.now()
         self.fraction, self.step, self.objective, self.seconds = 0.0, 0, math.nan, 0.0
 
     def resume(self, fraction: float, step: int) -> None:
-        self.fraction, self.step, self.before = fraction, step, self.before + fraction
+        self.fraction, self.step, self.before = fraction, step, self.before + fraction * self.together
 
     def advance(self, fraction: float, step: int, objective: float, seconds: float) -> None:
         self.fraction, self.step, self.objective, self.seconds = fraction, step, objective, seconds
@@ -67,8 +70,8 @@ class Tally:
 
     @property
     def done(self) -> float:
-        """Jobs, the current one in part."""
-        return self.finished + self.fraction
+        """Jobs, the current ones in part."""
+        return self.finished + self.fraction * self.together
 
     def job_left(self) -> str:
         """Remaining time of the current fit."""
@@ -117,8 +120,8 @@ class PlainProgress:
     def started(self, jobs: int) -> None:
         self.tally.start(jobs)
 
-    def job_started(self, index: int, job: PlannedJob) -> None:
-        self.tally.start_job(job)
+    def job_started(self, job: PlannedJob, together: int = 1) -> None:
+        self.tally.start_job(job, together)
         self._say("started")
 
     def resumed(self, fraction: float, step: int) -> None:
@@ -165,8 +168,8 @@ class LiveProgress:
         self.tally.start(jobs)
         self.live.start()
 
-    def job_started(self, index: int, job: PlannedJob) -> None:
-        self.tally.start_job(job)
+    def job_started(self, job: PlannedJob, together: int = 1) -> None:
+        self.tally.start_job(job, together)
 
     def resumed(self, fraction: float, step: int) -> None:
         self.tally.resume(fraction, step)

@@ -24,6 +24,7 @@ class Arguments(TypedDict, total=False):
     evaluators: Texts
     device: str
     precision: str
+    vectorize_seeds: bool
     out: str
     plugins: list[str]
     retry: list[str]
@@ -31,7 +32,7 @@ class Arguments(TypedDict, total=False):
 
 
 _TEXT, _TEXTS, _SEEDS = "text", "text or a list of texts", "a number, text or a list of numbers"
-_NUMBER = "a number or text"
+_NUMBER, _FLAG = "a number or text", "true or false"
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ _KEYS = {
     "evaluators": _Key("NAMES", "Evaluators: importance,elbo.  [default: the usual ones]", _TEXTS),
     "device": _Key("NAME", "auto, cpu or cuda.  [default: auto]"),
     "precision": _Key("NAME", "float32 or float64.  [default: float32]"),
+    "vectorize-seeds": _Key(
+        "",
+        "Fit all seeds of a method on a problem, and its learning rates, as one batched program, on one clock.",
+        _FLAG,
+    ),
     "out": _Key("DIR", "Folder of results; what it has is not done again.  [default: results/local]"),
     "plugin": _Key("FILE.py", "A plugin from a file; may be repeated.", _TEXTS),
     "retry": _Key("STATUSES", "Try again what ended so: failed,diverged.", _TEXTS),
@@ -93,7 +99,8 @@ def comparison_options(command: Callable[..., int]) -> Callable[..., int]:
 
     callback = click.option("--suite", metavar="FILE.toml", help=_SUITE_HELP)(parsed)
     for name, key in reversed(_KEYS.items()):
-        option = click.option(f"--{name}", metavar=key.metavar, help=key.help)
+        how = {"is_flag": True, "default": None} if key.expected == _FLAG else {"metavar": key.metavar}
+        option = click.option(f"--{name}", help=key.help, **how)
         callback = plugin_option(callback) if name == "plugin" else option(callback)
     return callback
 
@@ -111,8 +118,7 @@ def _arguments(given: dict[str, Any], suite: str | None) -> Arguments:
     if "retry" in merged:
         texts = [merged["retry"]] if isinstance(merged["retry"], str) else merged["retry"]
         merged["retry"] = [status.strip() for text in texts for status in text.split(",")]
-    if "stop-after" in merged:
-        merged["stop_after"] = merged.pop("stop-after")
+    merged = {key.replace("-", "_"): value for key, value in merged.items()}
     return cast("Arguments", merged)
 
 
@@ -146,5 +152,7 @@ def _fits(value: object, expected: str) -> bool:
         number = int if expected == _SEEDS else str
         items = cast("list[object]", value)
         return bool(items) and all(type(item) is number and item != "" for item in items)
+    if expected == _FLAG:
+        return isinstance(value, bool)
     numbers = {_SEEDS: int, _NUMBER: (int, float)}
     return isinstance(value, numbers.get(expected, ())) and not isinstance(value, bool)

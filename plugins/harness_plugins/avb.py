@@ -65,6 +65,7 @@ class AVB(GradientMethod):
     """
 
     modules: ClassVar[tuple[ModuleType, ...]] = (adversarial,)
+    per_replica: ClassVar[frozenset[str]] = frozenset({"lr", "adversary_lr", "beta1"})
 
     name: str = "avb"
     noise_dim: PositiveInt = 32

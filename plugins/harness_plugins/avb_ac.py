@@ -96,6 +96,7 @@ class AVBAC(GradientMethod):
     """
 
     modules: ClassVar[tuple[ModuleType, ...]] = (adversarial, adaptive_contrast)
+    per_replica: ClassVar[frozenset[str]] = frozenset({"lr", "adversary_lr", "beta1"})
 
     name: str = "avb-ac"
     encoder: Literal["basis", "injected"] = "basis"

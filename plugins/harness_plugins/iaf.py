@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -131,6 +131,8 @@ class IAF(GradientMethod):
         context_dim: Dimensions of the context that every layer sees of x.
         lr: Learning rate of Adam.
     """
+
+    per_replica: ClassVar[frozenset[str]] = frozenset({"lr"})
 
     name: str = "iaf"
     flows: PositiveInt = 2

@@ -9,6 +9,7 @@ Kingma and Welling 2014, https://arxiv.org/abs/1312.6114; Rezende, Mohamed, Wier
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from pydantic import PositiveFloat
@@ -77,6 +78,8 @@ class VAE(GradientMethod):
     Args:
         lr: Learning rate of Adam.
     """
+
+    per_replica: ClassVar[frozenset[str]] = frozenset({"lr"})
 
     name: str = "vae"
     lr: PositiveFloat = 3e-3

@@ -70,9 +70,9 @@ def test_remaining_times_do_not_count_what_earlier_runs_have_done() -> None:
 def test_plain_progress_tells_of_a_resumption(capsys: pytest.CaptureFixture[str]) -> None:
     progress = PlainProgress(Tally(Time()))
     progress.started(2)
-    progress.job_started(1, JOB)
+    progress.job_started(JOB)
     progress.resumed(0.37, 1850)
-    progress.job_started(2, JOB)
+    progress.job_started(JOB)
     progress.resumed(0.0, 500)  # nobody knows the part where convergence decides
     lines = capsys.readouterr().err.splitlines()
     assert lines[1].endswith("seed 1: resumed at step 1850, 37%")
@@ -83,7 +83,7 @@ def test_plain_lines_are_few(capsys: pytest.CaptureFixture[str]) -> None:
     time = Time()
     progress = PlainProgress(Tally(time))
     progress.started(2)
-    progress.job_started(1, JOB)
+    progress.job_started(JOB)
     for second in range(1, 36):
         time.now = float(second)
         progress.step(second / 35, 100 * second, 3.25, float(second))
@@ -103,7 +103,7 @@ def test_plain_lines_tell_of_long_measuring_now_and_then(capsys: pytest.CaptureF
     time = Time()
     progress = PlainProgress(Tally(time))
     progress.started(1)
-    progress.job_started(1, JOB)
+    progress.job_started(JOB)
     progress.measuring("ais")
     for second in range(1, 26):
         time.now = float(second)
@@ -123,7 +123,7 @@ def test_the_live_line_shows_how_far_measuring_is(width: int) -> None:
     screen = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
     progress = LiveProgress(screen, Tally(Time()))
     progress.tally.start(1)
-    progress.job_started(1, JOB)
+    progress.job_started(JOB)
     progress.step(1.0, 5000, -23.4, 10.0)
 
     def line() -> str:
@@ -148,7 +148,7 @@ def test_live_lines_fit_the_terminal_and_keep_the_essentials(width: int) -> None
     screen = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
     progress = LiveProgress(screen, Tally(Time()))
     progress.tally.start(12)
-    progress.job_started(1, JOB)
+    progress.job_started(JOB)
     progress.step(0.5, 2000, -23.4512, 10.0)
     with screen.capture() as capture:
         screen.print(progress.drawn())
@@ -168,7 +168,7 @@ def test_live_progress_tells_of_failures_and_leaves_the_screen_clean() -> None:
     progress = LiveProgress(Console(width=100, file=file, force_terminal=True, color_system=None))
     progress.started(2)
     for status, reason in (("ok", ""), ("failed", "RuntimeError: [half-way]")):
-        progress.job_started(1, JOB)
+        progress.job_started(JOB)
         progress.resumed(0.37, 1850)
         progress.measuring("exact")
         progress.job_finished(JOB, status, reason)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import checkpoint, minibatches, players, training
+from harness import checkpoint, minibatches, players, replicas, training
 from harness import clock as clock_module
 from harness.checkpoint import StoredCheckpoint
 from harness.clock import Clock
@@ -178,25 +178,30 @@ def test_a_budget_of_seconds_counts_those_of_all_runs(base: Any, now: list[float
 
 
 FORGETFUL = {
-    "parameters": ("Owned", "load_state_dict", 'self.flat.copy_(state["flat"])', "pass"),
-    "Adam": (
-        "Owned", "load_state_dict",
-        'self.optimiser.load_state_dict({**self.optimiser.state_dict(), "state": {0: moments}})', "pass",
-    ),
-    "Adam's steps": ("Owned", "load_state_dict", "tensor for name, tensor in state.items() if name !=",
-                     "tensor * (name != 'step') for name, tensor in state.items() if name !="),
+    "parameters": ("InPlace", "load_state_dict", "tensor.copy_(state[name])",
+                   'name == "flat" or tensor.copy_(state[name])'),
+    "Adam": ("InPlace", "load_state_dict", "tensor.copy_(state[name])",
+             'name.startswith("exp_avg") or tensor.copy_(state[name])'),
+    "Adam's steps": ("InPlace", "load_state_dict", "tensor.copy_(state[name])",
+                     'name == "step" or tensor.copy_(state[name])'),
     "noise": ("NoiseStreams", "load_state_dict", "stream.set_state(state[name])", "pass"),
     "one kind of noise": (
         "NoiseStreams", "load_state_dict", "stream.set_state(state[name])",
         'stream.set_state(state[name]) if name == "eps" else None',
     ),
-    "buffers": ("Buffers", "load_state_dict", "buffer.copy_(state[name])", "pass"),
-    "pending scalars": (
-        "_Loop", "resume", 'self.pending = list(state.tensors["pending"].to(self.run.device))', "pass",
+    "buffers": (
+        "_Loop", "_parts", '"buffers": InPlace(dict(replica.modules.named_buffers()))', '"buffers": InPlace({})',
     ),
-    "learning rate": ("_Loop", "resume", 'self.lr_factor = state.facts["lr_factor"]', "pass"),
+    "pending scalars": (
+        "_Loop", "resume", "self.pending = list(torch.stack(pending, dim=1))", "pass",
+    ),
+    "learning rate": (
+        "_Loop", "resume",
+        'self.steps, self.fraction, self.lr_factor = facts["steps"], facts["fraction"], facts["lr_factor"]',
+        'self.steps, self.fraction = facts["steps"], facts["fraction"]',
+    ),
     "further minibatches": (
-        "_Loop", "_parts", "FURTHER: self.further_batches", '"unused": self.run.batches(self.view.train, 1)',
+        "Replica", "streams", "FURTHER: self.further_batches", '"unused": self.run.batches(self.view.train, 1)',
     ),
     "waiting permutation": (
         "Minibatches", "load_state_dict", 'self.waiting = state["waiting"].to(self.waiting.device)', "pass",
@@ -214,7 +219,8 @@ def test_a_resumption_that_forgets_something_is_noticed(
     forgotten: str, mutated: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     owner, method, text, by = FORGETFUL[forgotten]
-    module = {"Minibatches": minibatches, "StoredCheckpoint": checkpoint, "_Loop": training}.get(owner, players)
+    modules = {"Minibatches": minibatches, "StoredCheckpoint": checkpoint, "_Loop": training, "Replica": replicas}
+    module = modules.get(owner, players)
     forgetful = mutated(module, text, by)
     monkeypatch.setattr(getattr(module, owner), method, getattr(getattr(forgetful, owner), method))
     trained = Drifting(batch_size=8) if forgotten == "buffers" else TWO_STEPS

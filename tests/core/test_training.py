@@ -20,9 +20,10 @@ from harness.minibatches import Minibatches
 from harness.model import BernoulliLikelihood, DecoderModel, LatentModel
 from harness.nn import MLP
 from harness.problem import MLPSpec, ModelSpec, Split, TrainingView, placed
+from harness.replicas import FURTHER
 from harness.seeding import Streams
 from harness.testing import SmallProblem
-from harness.training import FURTHER, GradientMethod, Modules, Noise, Player
+from harness.training import GradientMethod, Modules, Noise, Player
 from harness_plugins.avb import AVB
 from harness_plugins.vae import VAE
 

@@ -1,0 +1,257 @@
+"""Jobs are run: fitted, alone or together, and measured. The only place that seeds anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from harness import training
+from harness.checkpoint import StoredCheckpoint
+from harness.clock import Clock
+from harness.evaluator import EvaluationRun, Evaluator, Measurement
+from harness.gallery import gallery
+from harness.job import Job, evaluator_file
+from harness.method import CurvePoint, Diverged, Fit, Run
+from harness.nn import count_parameters
+from harness.seeding import derive, isolated
+from harness.stopping import Stop
+from harness.store import Facts, Store
+
+OnProgress = Callable[[float, CurvePoint], None]
+OnResumed = Callable[[float, int], None]
+OnMeasured = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class JobOutcome:
+    """How a job ended: one of `harness.record.STATUSES`, and why, unless it is ok."""
+
+    status: str
+    reason: str = ""
+
+
+class Skipped(Exception):
+    """A method or an evaluator that declares itself unfit for what it was given; the message is the reason."""
+
+
+def fit_in_memory(job: Job) -> Fit:
+    """Fit a job; the fit is not stored. The process-wide random state is as before when it returns or raises.
+
+    Raises:
+        Skipped: If the method declares itself unfit for the problem.
+        Diverged: If numbers are no longer finite.
+    """
+    [ended] = _fitted([job], [job.new_run()])
+    if isinstance(ended, Diverged):
+        raise ended
+    return ended
+
+
+def _fitted(jobs: Sequence[Job], runs: Sequence[Run]) -> list[Fit | Diverged]:
+    """The fits of one job, or of several together (`harness.training.fit_together`), whose runs share their clock.
+
+    Raises:
+        Skipped, Diverged: As `fit_in_memory`; the latter for a single job only.
+    """
+    first, clock = jobs[0], runs[0].clock
+    with isolated(derive("job", first.job_id)):
+        with clock.phase("load"):
+            views = [job.training_view() for job in jobs]
+        reason = first.method.unfit(views[0])
+        if reason:
+            raise Skipped(reason)
+        with clock.phase("warm-up"):
+            training.warm_up(first.device, first.dtype)
+        with clock.phase("fit"):
+            if len(jobs) > 1:
+                ended = training.fit_together([job.method for job in jobs], views, runs)
+            else:
+                with runs[0].streams.initial_weights(shared=False):
+                    ended = [first.method.fit(views[0], runs[0])]
+    return [
+        dataclasses.replace(fit, curve=tuple(run.curve), seconds=clock.seconds["fit"]) if isinstance(fit, Fit) else fit
+        for fit, run in zip(ended, runs, strict=True)
+    ]
+
+
+def restored(job: Job, store: Store) -> Fit:
+    """The stored fit of a job; nothing is trained."""
+    state = {name: torch.from_numpy(array).to(job.device) for name, array in store.state(job.job_id).items()}
+    with isolated(derive("job", job.job_id)):
+        return job.method.restore(job.training_view(), state)
+
+
+def fit_jobs(
+    jobs: Sequence[Job],
+    store: Store,
+    environment: Mapping[str, Any],
+    on_progress: OnProgress = lambda fraction, point: None,
+    on_resumed: OnResumed = lambda fraction, step: None,
+    stop: Stop | None = None,
+) -> list[tuple[JobOutcome, Fit | None]]:
+    """Fit a job, or several together, and store everything; of each, how it ended, and the fit if that is ok.
+
+    Whatever the method raises becomes a status; only interrupts get through. A fit that is interrupted keeps a
+    checkpoint first, if its method uses them.
+
+    Args:
+        on_progress, on_resumed: Told of the first job.
+
+    Raises:
+        Stopped: If the run is to end before that is done.
+    """
+    stop = stop or Stop()
+    clock, runs, checkpoints = Clock(jobs[0].device), [], []
+    for job in jobs:
+        runs.append(job.new_run(clock))
+        checkpoints.append(StoredCheckpoint(runs[-1], store, job.job_id, environment, stop))
+        runs[-1].checkpoint = checkpoints[-1]
+    runs[0].on_progress, checkpoints[0].on_resumed = on_progress, on_resumed
+    facts = {**environment, "started_at": datetime.now(UTC).isoformat(timespec="seconds")}
+    facts |= {"shared_clock": len(jobs) > 1}
+    with stop.interrupts_wait():
+        try:
+            ended: Sequence[Fit | BaseException] = _fitted(jobs, runs)
+        except (Exception, SystemExit) as error:  # a method may fail in any way; the other jobs go on
+            ended = [error] * len(jobs)
+        return [_stored(*of_job, store, facts) for of_job in zip(jobs, checkpoints, ended, strict=True)]
+
+
+def _stored(
+    job: Job, checkpoint: StoredCheckpoint, ended: Fit | BaseException, store: Store, facts: Facts
+) -> tuple[JobOutcome, Fit | None]:
+    run, fit, text = checkpoint.run, None, ""
+    facts = {**job.facts(), **facts}
+    try:
+        if isinstance(ended, BaseException):
+            raise ended
+        fit = ended
+        facts |= _spent(fit, run.clock)
+        state = {name: tensor.cpu().contiguous().numpy() for name, tensor in fit.state.items()}
+        curve = [dataclasses.asdict(point) for point in run.curve]
+        with isolated(derive("gallery", job.job_id)):
+            store.write_fit(job.job_id, state, curve, gallery(fit, job.data(), job.seed))
+        outcome = JobOutcome("ok")
+    except Skipped as error:
+        outcome = JobOutcome("skipped", str(error))
+    except Diverged as error:
+        outcome = JobOutcome("diverged", str(error))
+    except (Exception, SystemExit) as error:
+        outcome, text = JobOutcome("failed", f"{type(error).__name__}: {error}"), traceback.format_exc()
+    facts |= {**checkpoint.facts(), "status": outcome.status, "reason": outcome.reason}
+    if facts["shared_clock"]:
+        facts["timing_valid"] = False  # it is no single fit's time
+    store.write_job(job.job_id, facts, text)
+    if outcome.status != "failed":  # what failed (the disk was full ...) may be tried again from where it was
+        store.remove_checkpoint(job.job_id)
+    return outcome, fit
+
+
+def measure_job(
+    job: Job,
+    evaluators: Sequence[Evaluator],
+    fit: Fit | None,
+    store: Store,
+    on_measuring: Callable[[str], None] = lambda name: None,
+    on_measured: OnMeasured = lambda fraction, facts: None,
+    stop: Stop | None = None,
+) -> JobOutcome:
+    """Measure a fit by each of the evaluators, and store what they say.
+
+    Args:
+        fit: If it has just been made; else it is the stored one.
+
+    Raises:
+        Stopped: If the run is to end before that is done.
+    """
+    stop = stop or Stop()
+    outcome = JobOutcome("ok")
+    the_fit = cache(lambda: fit or restored(job, store))
+    run = EvaluationRun(job.data(), job.problem, job.device, job.dtype, job.seed, on_measured)
+    for number, by in enumerate(evaluators):
+        if number or fit is not None:  # a run gets something done, however short its time
+            stop.obey()
+        on_measuring(by.name)
+        measured = _measure_and_store(job, by, the_fit, run, store)
+        outcome = measured if measured.status == "failed" else outcome
+    return outcome
+
+
+def _spent(fit: Fit, clock: Clock) -> Facts:
+    seconds = clock.seconds["fit"]
+    return {
+        "decoder_parameters": count_parameters(fit.model),
+        "method_parameters": fit.parameters,
+        "fit_seconds": seconds,
+        "fit_steps": int(fit.steps),
+        "steps_per_second": int(fit.steps) / seconds if fit.steps else None,
+        "gradient_evaluations": int(fit.gradient_evaluations),
+        "compile_seconds": clock.seconds.get("compile", 0.0),
+        "peak_memory_bytes": clock.peak_bytes["fit"],
+    }
+
+
+def _measure_and_store(job: Job, by: Evaluator, fit: Callable[[], Fit], run: EvaluationRun, store: Store) -> JobOutcome:
+    """Measure and store; an evaluator that is undefined here or fails gives one row that says why."""
+    clock, name = Clock(job.device), evaluator_file(by)
+    rows: list[Facts] = []
+    examples: dict[str, np.ndarray] = {}
+    outcome = JobOutcome("ok")
+    try:
+        measurements = _measure(job, by, fit(), run, clock)
+        rows = [_columns(measurement) for measurement in measurements]
+        examples = {key: array for measurement in measurements for key, array in _arrays(measurement)}
+    except Skipped as error:
+        outcome = JobOutcome("skipped", str(error))
+    except (Exception, SystemExit) as error:  # an evaluator may fail in any way; the other evaluators go on
+        outcome = JobOutcome("failed", f"{type(error).__name__}: {error}")
+        store.write_text(f"measurements/{job.job_id}/{name}.traceback.txt", traceback.format_exc())
+    common = {
+        "evaluator": by.label,
+        "status": outcome.status,
+        "reason": outcome.reason,
+        "evaluate_seconds": clock.seconds.get("measure"),
+    }
+    facts = {"key": job.measurement_key(by), "config": by.config, "rows": [{**common, **row} for row in rows or [{}]]}
+    store.write_measured(job.job_id, name, facts, examples)
+    return outcome
+
+
+def _measure(job: Job, by: Evaluator, fit: Fit, run: EvaluationRun, clock: Clock) -> list[Measurement]:
+    reason = by.undefined(fit, job.problem)
+    if reason:
+        raise Skipped(reason)
+    with isolated(derive("measure", job.job_id, by.label)), torch.no_grad(), clock.phase("measure"):
+        return by.measure(fit, job.problem, run)
+
+
+def _arrays(measurement: Measurement) -> list[tuple[str, np.ndarray]]:
+    columns = {"index": measurement.indices, "value": measurement.values, "stderr": measurement.stderrs}
+    columns |= {f"traces/{name}": array for name, array in measurement.traces.items()}
+    return [(f"{measurement.metric}/{column}", array) for column, array in columns.items()]
+
+
+def _columns(measurement: Measurement) -> Facts:
+    stderr_test = measurement.stderr_test
+    settings = dict(measurement.settings) | ({"warning": measurement.warning} if measurement.warning else {})
+    return {
+        "split": measurement.split,
+        "metric": measurement.metric,
+        "value": measurement.value,
+        "kind": measurement.kind,
+        "bounds": measurement.bounds,
+        "unit": measurement.unit,
+        "stderr": measurement.stderr,
+        "stderr_test": stderr_test if np.isfinite(stderr_test) else None,
+        "n_observations": len(measurement.values),
+        "settings": json.dumps(settings, sort_keys=True),
+    }
