@@ -47,7 +47,7 @@ class Tally:
     def start(self, jobs: int) -> None:
         self.jobs, self.finished, self.before, self.began = jobs, 0, 0.0, self.now()
 
-    def start_job(self, job: PlannedJob, together: int) -> None:
+    def start_job(self, job: PlannedJob, together: int = 1) -> None:
         self.job = f"{job.label} on {job.problem}, seed {job.seed}"
         self.job += f" and {together - 1} more at once" if together > 1 else ""
         self.together, self.evaluator, self.job_began = together, "", self.now()

@@ -146,13 +146,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _fits(value: object, expected: str) -> bool:
     """Whether a value is what is expected, and not empty."""
+    if isinstance(value, bool) or expected == _FLAG:
+        return isinstance(value, bool) and expected == _FLAG
     if isinstance(value, str):
         return bool(value.strip())
     if isinstance(value, list) and expected in (_TEXTS, _SEEDS):
         number = int if expected == _SEEDS else str
         items = cast("list[object]", value)
         return bool(items) and all(type(item) is number and item != "" for item in items)
-    if expected == _FLAG:
-        return isinstance(value, bool)
     numbers = {_SEEDS: int, _NUMBER: (int, float)}
-    return isinstance(value, numbers.get(expected, ())) and not isinstance(value, bool)
+    return isinstance(value, numbers.get(expected, ()))

@@ -146,6 +146,7 @@ def _row(label: str, rows: Sequence[Row], values: ValuesOf) -> MethodRow:
         fit_seconds=_timing(timed, "fit_seconds"),
         steps_per_second=_timing(timed, "steps_per_second"),
         issues=_issues(label, rows),
+        together=sorted({row["fit_seconds"] for row in by_seed.values() if row["shared_clock"] and row["fit_seconds"]}),
         evidence=evidence,
         certificates=trust.certificates(rows),
         agreements=trust.agreements(evidence, jobs, values),

@@ -58,6 +58,11 @@ def notes(table: Table) -> list[str]:
         *_pairing_notes(table),
         *(mixed_note(column, values) for column, values in table.mixed.items()),
         *_definition_notes(table),
+        *(
+            f"{one_line(row.label)}: fitted at once with others, on one clock: {sum(row.together):.3g} s for all"
+            for row in table.rows
+            if row.together
+        ),
         *([f"left out: older fits of the same runs ({table.left_out})"] if table.left_out else []),
     ]
 

@@ -103,6 +103,7 @@ class MethodRow:
         statuses: How each seed's job ended.
         jobs: Job of each seed that ended well.
         estimates: Every metric by every evaluator; ``shown`` are those in the table's columns.
+        together: Seconds of each batched program that fitted some of the seeds, and others, on one clock.
         difference: Paired log-likelihood less that of the table's first row; None for that row and where unknown.
         exceeds: Seeds whose ELBO is above log p(x) by more than the combined error.
         best: Ahead of every other row beyond the noise and the certificates' gaps.
@@ -125,6 +126,7 @@ class MethodRow:
     fit_seconds: Spread | None
     steps_per_second: Spread | None
     issues: Sequence[Issue]
+    together: Sequence[float] = ()
     difference: Difference | None = None
     exceeds: Sequence[int] = ()
     best: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from harness.checkpoint import StoredCheckpoint
+from harness.clock import Clock
 from harness.job import Job
 from harness.method import Budget, Fit, Method, Run
 from harness.problem import Problem, TrainingView
@@ -21,15 +23,17 @@ from harness.testing.laws import (
     ConformanceError,
     check_options,
     require,
+    require_close,
     require_equal,
     require_shape,
     untouched,
 )
 from harness.testing.posteriors import check_posterior, stream
 from harness.testing.small import problem_for, view_of
-from harness.training import GradientMethod, Modules, Noise
+from harness.training import GradientMethod, Modules, Noise, fit_together
 
 STEPS = 5
+CPU = torch.device("cpu")
 NO_PLUGIN = Plugin("trial", "not a plugin", "")
 
 
@@ -43,7 +47,7 @@ class Trial:
 
 def trial(method: Method, problem: Problem, seed: int = 0) -> Trial:
     """Fit for a few steps in float64, on the CPU."""
-    job = Job(problem, method, seed, Budget("steps", STEPS), torch.device("cpu"), "float64", NO_PLUGIN)
+    job = Job(problem, method, seed, Budget("steps", STEPS), CPU, "float64", NO_PLUGIN)
     return Trial(job, _fit(job, job.new_run()))
 
 
@@ -89,6 +93,9 @@ def check_method(method: Method, problem: Problem | None = None) -> None:
     _check_restores(first, view.validation)
     if isinstance(method, GradientMethod):
         _check_gradients(method, view_of(problem), first.fit)
+        _check_per_replica(method, view_of(problem), first.fit)
+        if method.one_by_one() is None:
+            _check_together(method, problem)
 
 
 def _check_fit(tried: Trial, view: TrainingView) -> None:
@@ -181,6 +188,36 @@ def _check_gradients(method: GradientMethod, view: TrainingView, fit: Fit) -> No
     modules.load_state_dict(dict(fit.state))
     for key, gradient in _gradients(method, modules, view.validation, _noise(method, view)).items():
         require(gradient is not None and bool(gradient.any()), f"{method.name}: {key}, whose loss gives it no gradient")
+
+
+def _check_per_replica(method: GradientMethod, view: TrainingView, fit: Fit) -> None:
+    """Options that are said to be the players' own change no loss."""
+    unknown = sorted(method.per_replica - method.config.keys())
+    require(not unknown, f"{method.name}: per_replica names no options: {', '.join(unknown)}")
+    modules, x, noise = _modules(method, view), view.validation, _noise(method, view)
+    modules.load_state_dict(dict(fit.state))
+    changed = {option: 0.9 * method.config[option] for option in method.per_replica}
+    losses, others = (own.losses(modules, x, noise) for own in (method, dataclasses.replace(method, **changed)))
+    for name, loss in losses.items():
+        require_equal(others[name], loss, f"{method.name}: per_replica has an option that changes loss {name!r}")
+
+
+def _check_together(method: GradientMethod, problem: Problem) -> None:
+    """Fits that share their steps, against each alone."""
+    alone = [trial(method, problem, seed) for seed in (0, 1)]
+    clock = Clock(CPU)
+    runs, views = [tried.job.new_run(clock) for tried in alone], [tried.job.training_view() for tried in alone]
+    try:
+        with untouched(f"{method.name}: fit_together"):
+            together = fit_together([method, method], views, runs)
+    except RuntimeError as error:
+        raise ConformanceError(f"{method.name}: {error}") from error
+    for seed, fit in enumerate(together):
+        what = f"{method.name}: a fit of seed {seed} alone, and one together with seed {1 - seed}"
+        if not isinstance(fit, Fit):
+            raise ConformanceError(f"{what}: {fit}")
+        for key, tensor in alone[seed].fit.state.items():
+            require_close(fit.state[key], tensor, what)
 
 
 def _gradients(method: GradientMethod, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor | None]:

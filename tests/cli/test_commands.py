@@ -171,12 +171,15 @@ def test_a_suite_says_the_same_as_options_and_options_override_it(run: Run) -> N
     Path("suite.toml").write_text(
         'methods = ["vae", "vae[lr=0.01]"]\nproblems = "four-points"\nseeds = [4, 2]\nbudget = "steps=20"\n'
         'evaluators = ["reconstruction"]\nprecision = "float64"\ndevice = "cpu"\nout = "here"\nretry = "failed"\n'
+        "vectorize-seeds = true\n"
     )
-    options = ["--methods", "vae,vae[lr=0.01]", "--seeds", "4,2", "--precision", "float64", "--device", "cpu"]
+    options = ["--vectorize-seeds", "--methods", "vae,vae[lr=0.01]", "--seeds", "4,2", "--precision", "float64"]
     options += ["--problems", "four-points", "--budget", "steps=20", "--evaluators", "reconstruction", "--out", "here"]
+    options += ["--device", "cpu"]
     same = run("plan", "--suite", "suite.toml", "--json")
     assert same == run("plan", *options, "--json")
     assert same[0] == 0
+    assert same != run("plan", *options[1:], "--json")
     jobs = json.loads(run("plan", "--suite", "suite.toml", "--methods", "avb", "--seeds", "1", "--json")[1])
     assert [(job["method"], job["seed"], job["budget"]) for job in jobs] == [("avb", 0, "steps=20")]
 
@@ -198,7 +201,7 @@ def test_the_help_tells_the_defaults(run: Run) -> None:
     text = " ".join(run("compare", "--help")[1].split())
     defaults = {name: item.default for name, item in inspect.signature(comparison.compare).parameters.items()}
     for name, default in defaults.items():
-        if default not in (None, (), inspect.Parameter.empty):
+        if default not in (None, (), False, inspect.Parameter.empty):
             shown = ",".join(default) if isinstance(default, tuple) else default
             assert re.search(rf"--{name}\b[^\[]*?(\[\w+=8\][^\[]*)?\[default: {re.escape(str(shown))}\]", text), name
 

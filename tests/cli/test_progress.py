@@ -67,6 +67,19 @@ def test_remaining_times_do_not_count_what_earlier_runs_have_done() -> None:
     assert tally.all_left() == "0:40"
 
 
+def test_jobs_that_are_fitted_together_count_as_so_many() -> None:
+    time = Time()
+    tally = Tally(time)
+    tally.start(8)
+    tally.start_job(JOB, 4)
+    time.now = 10.0
+    tally.advance(0.5, 100, -1.5, 10.0)  # half of four jobs
+    assert tally.job.endswith(", seed 0 and 3 more at once")
+    assert tally.all_left() == "0:30"
+    tally.start_job(JOB)
+    assert tally.job.endswith(", seed 0")
+
+
 def test_plain_progress_tells_of_a_resumption(capsys: pytest.CaptureFixture[str]) -> None:
     progress = PlainProgress(Tally(Time()))
     progress.started(2)

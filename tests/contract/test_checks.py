@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyro
@@ -117,6 +117,41 @@ class ZeroGradient(SharedScale):
         mean, log_sd = modules["encoder"](x)
         z = 0 * mean + torch.exp(log_sd) * noise["eps"]
         return {"negative_elbo": -modules["model"].log_joint(x, z).mean()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unbatched(SharedScale):
+    name: str = "unbatched"
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        value = loss(self, modules, x, noise)
+        return {"negative_elbo": value if float(value.detach()) < math.inf else -value}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entangled(SharedScale):
+    """Its losses depend on a tensor that is neither parameter nor buffer: a batched program takes the first seed's."""
+
+    def build(self, view: TrainingView) -> Modules:
+        modules = super().build(view)
+        modules["encoder"].shift = torch.randn(())
+        return modules
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        return {"negative_elbo": loss(self, modules, x, noise) * modules["encoder"].shift}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherLoss(SharedScale):
+    per_replica: ClassVar[frozenset[str]] = frozenset({"lr"})
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        return {"negative_elbo": loss(self, modules, x, noise) * (1 + self.lr)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoSuchOption(SharedScale):
+    per_replica: ClassVar[frozenset[str]] = frozenset({"learning_rate"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,6 +321,10 @@ def altered(modules: Modules, **methods: Any) -> Any:
         (WrongPlayer, r"losses \['elbo', 'negative_elbo'\] for players \['negative_elbo'\]"),
         (DetachedEncoder, "encoder.* belongs to player 'negative_elbo', whose loss does not depend on it"),
         (ZeroGradient, "encoder.* belongs to player 'negative_elbo', whose loss gives it no gradient"),
+        (Unbatched, r"unbatched: its losses are no batched program .*one_by_one\(\)"),
+        (Entangled, "a fit of seed 1 alone, and one together with seed 0: differ by up to"),
+        (OtherLoss, "per_replica has an option that changes loss 'negative_elbo'"),
+        (NoSuchOption, "per_replica names no options: learning_rate"),
         (NotANumber, "sample: not finite"),
         (WrongShape, r"sample: expected shape \(3, 4, 2\), got \(4, 3, 2\)"),
         (IgnoresGenerator, "Posterior.sample changes torch's global generator"),

@@ -312,6 +312,20 @@ def test_timing_comes_from_valid_rows_only() -> None:
     assert (vae.fit_seconds, vae.steps_per_second) == (None, None)
 
 
+def test_fits_that_shared_a_clock_have_no_time_of_their_own() -> None:
+    store = FakeStore()
+    for seed in (0, 1):
+        store.fit("avb", seed, -22, fit_seconds=12.34, timing_valid=False, shared_clock=True)
+    store.fit("avb", 2, -22, fit_seconds=5.0, timing_valid=False, shared_clock=True)
+    store.fit("vae", 0, -22, fit_seconds=10.0)
+    avb, vae = table_of(store).rows
+    assert avb.fit_seconds is None
+    assert (avb.together, vae.together) == ([5.0, 12.34], [])
+    text = printed(store, width=160)
+    assert "avb: fitted at once with others, on one clock: 17.3 s for all" in text
+    assert text.count("on one clock") == 1
+
+
 def test_stale_fits_are_left_out_and_mixtures_are_told() -> None:
     store = two_methods(seeds=2)
     store.fit("vae", 0, -99, torch_version="2.14.0", git_commit="b" * 40)
