@@ -74,10 +74,10 @@ def test_jobs_that_are_fitted_together_count_as_so_many() -> None:
     tally.start_job(JOB, 4)
     time.now = 10.0
     tally.advance(0.5, 100, -1.5, 10.0)  # half of four jobs
-    assert tally.job.endswith(", seed 0 and 3 more at once")
+    assert tally.job.endswith(", seed 1 and 3 more at once")
     assert tally.all_left() == "0:30"
     tally.start_job(JOB)
-    assert tally.job.endswith(", seed 0")
+    assert tally.job.endswith(", seed 1")
 
 
 def test_plain_progress_tells_of_a_resumption(capsys: pytest.CaptureFixture[str]) -> None:
