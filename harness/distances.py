@@ -14,6 +14,7 @@ call each, since a posterior made of stored draws can keep them distinct within 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from torch import Tensor
 from harness.evaluator import EvaluationRun, Evaluator, Kind, Measurement
 from harness.method import Diverged, Fit
 from harness.model import HasExactDraws, LatentModel
+from harness.posterior import HasChains
 from harness.problem import Problem
 
 FLOOR = "_floor"
@@ -36,6 +38,8 @@ FLOOR = "_floor"
 NO_EXACT_DRAWS = "model has no exact draws of its posterior"
 
 BLOCKS = 20
+APART = 4
+"""Of so many draws of a chain one is compared, or the report says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +69,14 @@ class Target:
         draws: What other draws are compared with, shape (n, D).
         scale: What units and kernels are taken from, shape (n, D). Neither `draws` nor what is compared with them
             enters, so that a statistic stays unbiased, and the same for all.
+        chains: Where what is compared are draws of Markov chains: all that these have kept, shape (C, m, D).
     """
 
     model: LatentModel
     x: Tensor
     draws: Tensor | None
     scale: Tensor | None
+    chains: Tensor | None = None
 
     def standardised(self, z: Tensor) -> Tensor:
         """(n, D) in units of the exact posterior: less its mean, over its standard deviations; float64, on the CPU."""
@@ -106,6 +112,8 @@ class DrawsEvaluator(Evaluator):
     by_default: ClassVar[bool] = False
     needs: ClassVar[tuple[type, str]] = (HasExactDraws, NO_EXACT_DRAWS)
     """A capability of the model, and the reason where it is missing."""
+    independent: ClassVar[bool] = True
+    """Whether the value itself, not its error alone, is another one where draws resemble one another."""
 
     observations: PositiveInt = 5
     samples: Annotated[int, Field(ge=20)] = 10_000
@@ -119,6 +127,16 @@ class DrawsEvaluator(Evaluator):
             stream: For what the statistic draws itself; the same for both, and for all methods.
         """
 
+    def _crowded(self, chains: Tensor | None) -> str:
+        """Why draws of chains are not to be believed as independent ones, or nothing."""
+        kept = math.inf if chains is None else chains.shape[:2].numel()
+        if not self.independent or kept >= APART * self.samples:
+            return ""
+        return (
+            f"{self.samples:,} draws of chains that have kept {kept:,}: they resemble one another, which looks like a "
+            f"distance; keep {APART * self.samples:,} or compare fewer (samples={kept // APART})"
+        )
+
     def undefined(self, fit: Fit, problem: Problem) -> str | None:
         capability, reason = self.needs
         return None if isinstance(fit.model, capability) else reason
@@ -127,17 +145,20 @@ class DrawsEvaluator(Evaluator):
         x, indices = run.data.scored(self.observations)
         posterior_stream = run.generator("draws", "posterior")
         exact_streams = [run.generator("draws", purpose) for purpose in ("reference", "scale", "floor")]
+        chains = fit.posterior.chains() if isinstance(fit.posterior, HasChains) else None
         found: list[Sequence[Distance]] = []
         floors: list[Sequence[Distance]] = []
         for i, one in enumerate(x.split(1)):
             draws, scale, again = (_exact(fit, one, self.samples, stream) for stream in exact_streams)
             target = Target(fit.model, one, draws, scale)
             z = _finite(fit.posterior.sample(one, self.samples, posterior_stream)[:, 0])
-            found.append(self.compare(z, target, run.generator(self.name, f"statistic {i}")))
+            own = target if chains is None else dataclasses.replace(target, chains=chains[:, :, i])
+            found.append(self.compare(z, own, run.generator(self.name, f"statistic {i}")))
             if again is not None:
                 floors.append(self.compare(again, target, run.generator(self.name, f"statistic {i}")))
             run.progress((i + 1) / len(x), f"{found[-1][0].metric} {found[-1][0].value:.3g}")
-        return self._rows(run, indices, list(zip(*found, strict=True)), list(zip(*floors, strict=True)))
+        warning = self._crowded(chains)
+        return self._rows(run, indices, list(zip(*found, strict=True)), list(zip(*floors, strict=True)), warning)
 
     def _rows(
         self,
@@ -145,17 +166,18 @@ class DrawsEvaluator(Evaluator):
         indices: Tensor,
         found: Sequence[Sequence[Distance]],
         floors: Sequence[Sequence[Distance]],
+        warning: str,
     ) -> list[Measurement]:
         """Each metric over all observations, followed by its floor, which its settings repeat."""
         settings = {name: value for name, value in self.config.items() if name != "observations"}
         measured: list[Measurement] = []
         for j, distances in enumerate(found):
             if not floors:
-                measured.append(_measurement(run, indices, distances, "", settings))
+                measured.append(_measurement(run, indices, distances, "", settings, warning))
                 continue
             floor = _measurement(run, indices, floors[j], FLOOR, settings)
             known = {"floor": floor.value, "floor_stderr": floor.stderr}
-            measured += [_measurement(run, indices, distances, "", {**settings, **known}), floor]
+            measured += [_measurement(run, indices, distances, "", {**settings, **known}, warning), floor]
         return measured
 
 
@@ -173,7 +195,12 @@ def _finite(z: Tensor) -> Tensor:
 
 
 def _measurement(
-    run: EvaluationRun, indices: Tensor, found: Sequence[Distance], suffix: str, settings: Mapping[str, Any]
+    run: EvaluationRun,
+    indices: Tensor,
+    found: Sequence[Distance],
+    suffix: str,
+    settings: Mapping[str, Any],
+    warning: str = "",
 ) -> Measurement:
     first = found[0]
     values, stderrs = (
@@ -188,6 +215,7 @@ def _measurement(
         unit=first.unit,
         bounds=first.bounds,
         settings={**settings, **_averaged([each.facts for each in found])},
+        warning=warning,
     )
 
 

@@ -224,12 +224,13 @@ class Experiment(Configurable, ABC):
 
 
 def seconds_budget(records: pd.DataFrame) -> str:
-    """Budget of the seconds that a fit took, averaged over the runs, ``seconds=41.3``; empty if no fit ended well.
+    """Budget of the seconds that a fit took, averaged over the runs, ``seconds=41.3``.
 
-    So the fits of all runs together take as long as they did, and the time is shared equally.
+    So the fits of all runs together take as long as they did, and the time is shared equally. A run of which no seed
+    ended well has none. It is empty if there is no other, or if the time of a fit that ended well is not valid.
     """
-    timed = records[(records["status"] == "ok") & records["timing_valid"].eq(True)].drop_duplicates("job_id")
-    if timed.empty:
+    ended = records[records["status"] == "ok"].drop_duplicates("job_id")
+    if ended.empty or not ended["timing_valid"].eq(True).all():
         return ""
-    mean = timed.groupby("run")["fit_seconds"].mean().mean()
+    mean = ended.groupby("run")["fit_seconds"].mean().mean()
     return f"seconds={float(f'{mean:.3g}'):g}"

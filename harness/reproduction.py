@@ -21,6 +21,7 @@ from harness.registry import Registry
 from harness.rehearsal import rehearse
 from harness.report.experiment import write
 from harness.report.reproduced import Ran, Results
+from harness.stopping import Stopped
 from harness.store import Store
 
 DEFAULT_SCALE: Scale = "laptop"
@@ -67,7 +68,7 @@ def reproduce(
 
     Raises:
         UserError: For any mistake in the arguments, before anything is run.
-        Stopped: If the run has ended before its work was done; a KeyboardInterrupt.
+        Stopped: If the run has ended before its work was done; a KeyboardInterrupt. What is done is reported.
     """
     made = run(
         experiment,
@@ -104,20 +105,30 @@ def run(
     common = {"device": device, "plugins": plugins, "retry": retry}
     *_, suites = rehearse(chosen, at)
     for suite in suites:  # mistakes are told of before anything is run, in later suites too
+        _check_apart(suite, numbers)
         plan(**_arguments(suite, numbers, folder), **common)
     ran: dict[str, Ran] = {}
-    while suite := _next(chosen, at, ran):
-        records = compare(**_arguments(suite, numbers, folder), **common, stop_after=stop, progress=progress)
-        named, store = _named(records, suite, registry), Store(folder / suite.name)
-        ran[suite.name] = Ran(suite=suite, records=named, store=store)
-    results = Results(
-        title=f"{chosen.label}, scale {at}",
-        repeat=_command(chosen, at, numbers, common),
-        contents=chosen.contents(at),
-        ran=ran,
-        versions=_versions(folder, ran),
-    )
-    return Reproduction(results=results, records=_all(ran), folder=folder, report=write(results, folder))
+
+    def results() -> Results:
+        return Results(
+            title=f"{chosen.label}, scale {at}",
+            repeat=_command(chosen, at, numbers, common),
+            contents=chosen.contents(at),
+            ran=ran,
+            versions=_versions(folder, ran),
+        )
+
+    try:
+        while suite := _next(chosen, at, ran):
+            records = compare(**_arguments(suite, numbers, folder), **common, stop_after=stop, progress=progress)
+            named, store = _named(records, suite, registry), Store(folder / suite.name)
+            ran[suite.name] = Ran(suite=suite, records=named, store=store)
+    except Stopped:  # its time is up
+        if ran:
+            write(results(), folder)
+        raise
+    found = results()
+    return Reproduction(results=found, records=_all(ran), folder=folder, report=write(found, folder))
 
 
 def _one(registry: Registry, experiment: str | Experiment) -> Experiment:
@@ -139,6 +150,17 @@ def _folder(label: str, scale: Scale) -> str:
     """A folder's name from the experiment with its options and its scale: each choice has its own."""
     text = label if scale == DEFAULT_SCALE else f"{label} {scale}"
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _check_apart(suite: Suite, seeds: Sequence[int]) -> None:
+    """Settings must not be chosen with seeds that they are then compared on.
+
+    Raises:
+        UserError: If a suite has seeds of its own, and some of these are the run's.
+    """
+    shared = sorted(set(suite.seeds) & set(seeds))
+    if shared:
+        raise UserError(f"seeds {', '.join(map(str, shared))} belong to suite {suite.name!r} alone; choose others")
 
 
 def _arguments(suite: Suite, seeds: Sequence[int], folder: Path) -> dict[str, Any]:

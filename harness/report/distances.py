@@ -85,14 +85,14 @@ def _is_at_floor(row: MethodRow, key: Key, values: ValuesOf) -> bool:
 
 
 def _closest(rows: Sequence[MethodRow], key: Key, values: ValuesOf) -> str:
-    """There is none where kinds differ or are density ratios, nor where the leader has a seed that did not end well."""
+    """There is none where kinds differ or are density ratios, nor where the leader has a lost seed or a warning."""
     found = [(row, estimate) for row in rows if (estimate := estimate_of(row, key))]
     kinds = {estimate.kind for _, estimate in found}
     if len(found) < 2 or len(kinds) > 1 or DENSITY_RATIO in kinds:
         return ""
     leader, best = min(found, key=lambda pair: pair[1].value)
     ahead = all(_ahead(leader, best, row, key, values) for row, _ in found if row is not leader)
-    return leader.label if ahead and best.seeds == len(leader.statuses) else ""
+    return leader.label if ahead and best.seeds == len(leader.statuses) and not leader.warnings else ""
 
 
 def _ahead(leader: MethodRow, best: Estimate, other: MethodRow, key: Key, values: ValuesOf) -> bool:

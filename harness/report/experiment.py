@@ -96,7 +96,9 @@ def _unrun(results: Results) -> list[str]:
     lines = [line for spec in results.contents.tables for line in spec.lines]
     named = dict.fromkeys(suite for line in lines if (suite := getattr(line, "suite", "")))
     return [
-        f"suite {name} was not run: it needs a result that is not there" for name in named if name not in results.ran
+        f"suite {name} is not here: it needs a result that is not there, or the run was stopped before its end"
+        for name in named
+        if name not in results.ran
     ]
 
 

@@ -134,6 +134,8 @@ class Outcome:
         """In words; it follows from the numbers."""
         if self.obstacle or self.difference is None:
             return f"undecided: {self.obstacle}"
+        if math.isinf(self.reach):
+            return "undecided: how far the estimator may be off is not known"
         if abs(self.difference.value) > self.difference.margin + self.reach:
             return "observed" if self.difference.value > 0 else "the opposite is observed"
         limit = "the certified gap" if self.metric == LOG_LIKELIHOOD else "the estimator's floor"
@@ -176,9 +178,12 @@ def _reach(contrast: Contrast, measured: Measured) -> float:
         found = [measured.estimate(label, floor) for label in measured.rows]
         return max((max(0.0, each.value + STANDARD_ERRORS * each.stderr) for each in found if each), default=math.inf)
     first, second = measured.rows.values()
+    rows = first, second
+    failed = [issue for row in rows for issue in row.issues if issue.status != "skipped"]
+    certified = any(measured.evaluator in row.certificates for row in rows)
+    certified = certified or any(issue.evaluator.startswith("bdmc") for issue in failed)
     of_log_p = LOG_LIKELIHOOD in contrast.metrics
-    certified = of_log_p and any(measured.evaluator in row.certificates for row in (first, second))
-    return certified_reach(measured.evaluator, first, second) if certified else 0.0
+    return certified_reach(measured.evaluator, first, second) if of_log_p and certified else 0.0
 
 
 def _obstacle(

@@ -42,7 +42,7 @@ ADVERSARIAL = {"avb": "noise_dim=10,adversary_steps=2", "avb-ac": "adversary_ste
 TRIAL_SEEDS = (100, 101)
 OTHERS: dict[Scale, dict[str, str]] = {
     "smoke": {"laplace": "laplace", "nuts": "nuts[warmup=50,draws=50]"},
-    "laptop": {"laplace": "laplace", "nuts": "nuts"},
+    "laptop": {"laplace": "laplace", "nuts": "nuts[draws=4000]"},
     "paper": {"laplace": "laplace", "nuts": "nuts[warmup=2000,draws=5000]"},
 }
 LABELS = {

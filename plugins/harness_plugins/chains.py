@@ -1,34 +1,24 @@
-r"""Diagnostics of Markov chains: whether they agree, and how many independent draws theirs are worth.
+"""Diagnostics of Markov chains: whether they agree, and how many independent draws theirs are worth.
 
-.. math:: \hat R^2 = \frac{n - 1}{n} + \frac{1}{n} \frac{B}{W}
-
-with B/n the variance of the chains' means and W the mean of their variances, each chain cut in halves and values
-replaced by the normal scores of their ranks; once for the values and once for their distances to the median, of which
-the larger counts. It is 1 where chains agree. Vehtari, Gelman, Simpson, Carpenter, Bürkner 2021,
-https://doi.org/10.1214/20-BA1221; the limits are what they recommend.
-
-Shapes: C chains, n draws, N observations, D latent dimensions, Q quantities.
+What they are is in `harness.mixing`; the limits are what Vehtari et al. 2021 recommend, https://doi.org/10.1214/20-BA1221.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat
-from torch import Tensor
 
-from harness import hookimpl
+from harness import hookimpl, mixing
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
 from harness.method import Fit
-from harness.model import LatentModel, NamesQuantities
+from harness.mixing import diagnostics, quantities
 from harness.posterior import HasChains
 from harness.problem import Problem
-
-TAILS = (0.05, 0.95)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +33,8 @@ class Chains(Evaluator):
         ess_per_chain: The smallest effective sample size without a warning, for each chain; R-hat is not to be believed
             either where there is less.
     """
+
+    modules: ClassVar[tuple[ModuleType, ...]] = (mixing,)
 
     name: str = "chains"
     r_hat: PositiveFloat = 1.01
@@ -102,41 +94,6 @@ def _measurement(run: EvaluationRun, metric: str, values: Sequence[float], **ext
     """Numbers that are what they say, as functions of the draws."""
     found = torch.tensor(values, dtype=torch.float64)
     return run.measurement(metric, found, torch.zeros_like(found), "exact", torch.arange(len(found)), **extra)
-
-
-def quantities(model: LatentModel, chains: Tensor) -> dict[str, np.ndarray]:
-    """Scalar functions of draws (C, n, D) by name, each (C, n): those that the model names, or the coordinates."""
-    if isinstance(model, NamesQuantities):
-        named = model.quantities(chains)
-    else:
-        named = {f"z[{i}]": coordinate for i, coordinate in enumerate(chains.unbind(-1))}
-    return {name: values.double().cpu().numpy() for name, values in named.items()}
-
-
-def diagnostics(found: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    """R-hat, and effective sample sizes of the bulk and of the tails (the smaller of both), of draws (C, n) by name.
-
-    Raises:
-        ArithmeticError: If a quantity is not finite, or no chain moves.
-    """
-    # Not at the top: scipy, which it brings, takes a second or two that `harness --help` has no use for.
-    from arviz_stats.base.array import array_stats
-
-    infinite = [name for name, values in found.items() if not np.isfinite(values).all()]
-    if infinite:
-        raise ArithmeticError(f"not finite for some draws: {', '.join(infinite)}")
-    moving = {name: values for name, values in found.items() if values.min() < values.max()}
-    if not any(np.ptp(values, axis=1).any() for values in moving.values()):
-        raise ArithmeticError("no chain has moved from where it was after its warm-up")
-    draws = np.stack(list(moving.values()))
-    r_hat = array_stats.rhat(draws, chain_axis=1, draw_axis=2)
-    bulk = array_stats.ess(draws, chain_axis=1, draw_axis=2, method="bulk")
-    tail = array_stats.ess(draws, chain_axis=1, draw_axis=2, method="tail", prob=TAILS)
-    columns = {"r_hat": r_hat, "ess_bulk": bulk, "ess_tail": tail}
-    return {
-        metric: dict(zip(moving, np.asarray(column, dtype=np.float64).tolist(), strict=True))
-        for metric, column in columns.items()
-    }
 
 
 @hookimpl

@@ -10,13 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from harness import hookimpl
+from harness import hookimpl, mixing
 from harness.distances import Distance, DrawsEvaluator, Target
+from harness.mixing import effective_draws
 from harness.model import HasQuantities
 
 
@@ -24,11 +27,13 @@ from harness.model import HasQuantities
 class Moments(DrawsEvaluator):
     """`mean_error` and `sd_error`: the largest over the quantities, in units of their exact standard deviations.
 
-    Settings hold the signed error of every quantity, its standard error (MCSE), and how many of these it is. Standard
-    errors are those of independent draws; a chain's draws are less precise than that.
+    Settings hold the signed error of every quantity, its standard error (MCSE), and how many of these it is. Draws of
+    Markov chains count as so many as all that the chains have kept are worth (`harness.mixing.effective_draws`).
     """
 
+    modules: ClassVar[tuple[ModuleType, ...]] = (mixing,)
     by_default: ClassVar[bool] = True
+    independent: ClassVar[bool] = False
     needs: ClassVar[tuple[type, str]] = (HasQuantities, "model names no quantities with exact moments")
 
     name: str = "moments"
@@ -38,19 +43,27 @@ class Moments(DrawsEvaluator):
         if not isinstance(model, HasQuantities):
             raise TypeError(self.needs[1])
         quantities, exact = model.quantities(z), model.exact_moments(target.x)
-        found = {name: _errors(values.double().cpu(), *exact[name]) for name, values in quantities.items()}
+        kept = {} if target.chains is None else mixing.quantities(model, target.chains)
+        found = {
+            name: _errors(values.double().cpu(), *exact[name], kept.get(name)) for name, values in quantities.items()
+        }
         return [
             _largest("mean_error", {name: errors[:2] for name, errors in found.items()}),
             _largest("sd_error", {name: errors[2:] for name, errors in found.items()}),
         ]
 
 
-def _errors(values: Tensor, mean: float, sd: float) -> tuple[float, float, float, float]:
-    """Error of the mean of values (n,) with its standard error, then that of the standard deviation with its own."""
+def _errors(values: Tensor, mean: float, sd: float, kept: np.ndarray | None) -> tuple[float, float, float, float]:
+    """Error of the mean of values (n,) with its standard error, then that of the standard deviation with its own.
+
+    Args:
+        kept: Where they are draws of chains: the values of all that these have kept, shape (C, m).
+    """
     n, found = len(values), float(values.std())
+    of_mean, of_sd = (n if kept is None else min(n, effective_draws(kept, of)) for of in ("mean", "sd"))
     spread = float((values - values.mean()).square().std()) / (2 * found) if found > 0 else 0.0  # delta method
-    root = math.sqrt(n)
-    return (float(values.mean()) - mean) / sd, found / sd / root, found / sd - 1, spread / sd / root
+    mcse = found / sd / math.sqrt(of_mean), spread / sd / math.sqrt(of_sd)
+    return (float(values.mean()) - mean) / sd, mcse[0], found / sd - 1, mcse[1]
 
 
 def _largest(metric: str, errors: Mapping[str, tuple[float, float]]) -> Distance:

@@ -113,18 +113,28 @@ def test_a_failed_job_is_told_and_the_rest_goes_on(run: Run) -> None:
 
 
 def test_an_experiment_may_be_split_over_several_runs(run: Run) -> None:
-    """Each gets something done and stops; the last one, which has nothing left to do, reports."""
+    """Each gets something done and stops; what suites are done is reported, by the last one all."""
     words = ["reproduce", "tiny-toy[steps=5]", "--scale", "smoke", *PLUGIN, "--seeds", "1", "--out", "here"]
     codes: list[int] = []
+    reports: list[bool] = []
     while not codes or codes[-1] == 130:
         assert len(codes) < 40
         code, out, err = run(*words, "--stop-after", "1e-9")
         codes.append(code)
         assert ("stopped after 1e-09 seconds" in err) == (code == 130) == (out == "")
-        assert Path("here/report.md").exists() == (code == 0)
+        report = Path("here/report.md").read_text() if Path("here/report.md").exists() else ""
+        assert ("suite equal-seconds is not here" in report) == (bool(report) and code == 130)
+        reports.append(bool(report))
     assert codes[-1] == 0
     assert len(codes) > 3  # two methods, then one method in the first one's seconds
+    assert (reports[0], reports[-2]) == (False, True)
     assert {"equal-steps", "equal-seconds"} <= {path.name for path in Path("here").iterdir()}
+
+
+def test_settings_are_not_chosen_on_the_seeds_that_are_compared(run: Run) -> None:
+    code, out, err = run("reproduce", "avb-toy", "--scale", "smoke", "--seeds", "0,100")
+    assert (code, out) == (2, "")
+    assert err == "harness: error: seeds 100 belong to suite 'trials' alone; choose others\n"
 
 
 def test_a_later_suite_that_cannot_be_run_is_refused_before_the_first(run: Run) -> None:

@@ -76,6 +76,9 @@ def test_failed_fits_and_disturbed_clocks_give_no_seconds() -> None:
     found = records(("avb", 0, "failed", 99.0, 0), ("vae", 0, "ok", 4.0, 0))
     assert seconds_budget(found) == "seconds=4"
     assert seconds_budget(found.assign(timing_valid=False)) == ""
+    both = records(("avb", 0, "ok", 9.0, 0), ("vae", 0, "ok", 4.0, 0))
+    assert seconds_budget(both) == "seconds=6.5"
+    assert seconds_budget(both.assign(timing_valid=both["run"].eq("vae"))) == ""
     assert seconds_budget(found[found["status"] == "failed"]) == ""
 
 

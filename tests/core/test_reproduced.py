@@ -199,6 +199,17 @@ def test_no_difference_below_the_certified_gap_is_called_observed() -> None:
     assert "is untrusted" in verdict(annealed(9.0, bdmc_gap=1.5))
 
 
+def test_certificates_that_failed_for_both_decide_nothing() -> None:
+    made = two_runs(5.0, evaluator="ais", kind="stochastic lower bound")
+    assert verdict(made) == "observed"  # nobody asked for a certificate
+    for run in ("avb", "vae"):
+        made.add(made.job(run, 0), {"evaluator": "bdmc", "status": "skipped", "reason": "cannot simulate"})
+    assert verdict(made) == "observed"
+    for run in ("avb", "vae"):
+        made.add(made.job(run, 1), {"evaluator": "bdmc", "status": "failed", "reason": "not finite"})
+    assert verdict(made) == "undecided: how far the estimator may be off is not known"
+
+
 @pytest.mark.parametrize("run", ["avb", "vae"])
 def test_a_run_that_lost_a_seed_decides_nothing(run: str) -> None:
     """Whichever it is: the seeds that are left may be the lucky ones."""
@@ -232,7 +243,7 @@ def test_no_difference_below_the_floor_of_an_estimator_is_called_observed() -> N
     assert verdict(kl(0.6), contrast=contrast) == "not observed at this scale, within the estimator's floor"
     assert verdict(kl(-0.1), contrast=contrast) == "observed"
     unknown = dataclasses.replace(contrast, floor="another_floor")
-    assert verdict(kl(0.1), contrast=unknown) == "not observed at this scale, within the estimator's floor"
+    assert verdict(kl(0.1), contrast=unknown) == "undecided: how far the estimator may be off is not known"
 
 
 def test_what_was_not_run_or_not_measured_is_undecided() -> None:
@@ -318,7 +329,7 @@ def test_a_suite_that_was_left_out_is_told(tmp_path: Path) -> None:
     contents = Contents(tables=[dataclasses.replace(TABLE, lines=lines)])
     found = results(two_runs(1.0), contents=contents)
     assert cells(grids(found)[0], "VAE") == ["VAE", "-", "-", "not run", "-"]
-    assert "suite seconds was not run" in write(found, tmp_path).read_text()
+    assert "suite seconds is not here" in write(found, tmp_path).read_text()
 
 
 def test_a_density_ratio_above_log_p_is_marked() -> None:

@@ -39,7 +39,7 @@ def trial_records(suite: Suite, best: dict[str, str], lost: str = "") -> pd.Data
     return pd.DataFrame(rows, columns=[*COLUMNS, "suite", "run"])
 
 
-@pytest.mark.parametrize("experiment", [AVBToy(), AVBDecoders(), AVBEightSchools()])
+@pytest.mark.parametrize("experiment", [AVBToy(), AVBDecoders(), AVBEightSchools(), AVBMnist()])
 @pytest.mark.parametrize("scale", ["smoke", "laptop"])
 def test_methods_are_tuned_by_equal_effort_on_other_seeds(experiment: Experiment, scale: Scale) -> None:
     trials = [suite for name, suite in all_suites(experiment, scale).items() if name.endswith("trials")]
@@ -51,9 +51,10 @@ def test_methods_are_tuned_by_equal_effort_on_other_seeds(experiment: Experiment
         assert not set(suite.seeds) & set(range(experiment.seeds(scale)))
 
 
-def test_settings_are_chosen_by_validation_images() -> None:
-    for latent_dim in (2, 8):
-        trials = all_suites(AVBDecoders(), "laptop")[f"{latent_dim}-trials"]
+@pytest.mark.parametrize(("experiment", "latent_dims"), [(AVBDecoders(), (2, 8)), (AVBMnist(), (32,))])
+def test_settings_are_chosen_by_validation_images(experiment: Experiment, latent_dims: tuple[int, ...]) -> None:
+    for latent_dim in latent_dims:
+        trials = all_suites(experiment, "laptop")[f"{latent_dim}-trials"]
         [(_, options)] = parse_selection(trials.evaluators)
         assert options["split"] == "validation"
 

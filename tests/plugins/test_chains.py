@@ -9,12 +9,13 @@ from torch import Tensor
 
 from harness.evaluator import EvaluationRun, Measurement
 from harness.method import Fit
+from harness.mixing import diagnostics
 from harness.model import LatentModel
 from harness.posterior import ChainPosterior
 from harness.problem import placed
 from harness.testing import SmallGaussianProblem
 from harness.testing.small import SmallGaussianModel, known_fit, view_of
-from harness_plugins.chains import Chains, diagnostics
+from harness_plugins.chains import Chains
 
 CPU = torch.device("cpu")
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from harness.clock import Clock
 from harness.evaluator import EvaluationRun
 from harness.method import Budget, Diverged, Fit, Run
+from harness.mixing import diagnostics
 from harness.model import LatentModel, StandardNormalPrior
 from harness.posterior import ChainPosterior
 from harness.problem import Problem, placed
@@ -21,7 +22,7 @@ from harness.seeding import Streams, seeded
 from harness.target import PosteriorProblem
 from harness.testing import SmallGaussianProblem, SmallProblem
 from harness.testing.small import view_of
-from harness_plugins.chains import Chains, diagnostics
+from harness_plugins.chains import Chains
 from harness_plugins.nuts import NUTS
 
 CPU = torch.device("cpu")
