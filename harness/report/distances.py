@@ -36,7 +36,7 @@ ABOUT_DISTANCES = (
 )
 ABOUT_CLOSEST = (
     "closest: below every other row by more than two standard errors (Student's t for few seeds), where what is below "
-    "the floor counts as the floor; at floor: within three errors of it"
+    "the floor counts as the floor; at floor: within three errors of it; neither is said of a row with a warning"
 )
 
 
@@ -81,7 +81,7 @@ def floor_of(row: MethodRow, key: Key) -> Estimate | None:
 def _is_at_floor(row: MethodRow, key: Key, values: ValuesOf) -> bool:
     value, floor = (of_seeds(row.jobs, find(row, key), values) for find in (estimate_of, floor_of))
     found = statistics.agreement(value, floor)
-    return found is not None and not found.above
+    return found is not None and not found.above and not row.warnings
 
 
 def _closest(rows: Sequence[MethodRow], key: Key, values: ValuesOf) -> str:
@@ -96,11 +96,12 @@ def _closest(rows: Sequence[MethodRow], key: Key, values: ValuesOf) -> str:
 
 
 def _ahead(leader: MethodRow, best: Estimate, other: MethodRow, key: Key, values: ValuesOf) -> bool:
-    floor = floor_of(leader, key)
+    floors = [floor for row in (leader, other) if (floor := floor_of(row, key))]
     mine, theirs = (of_seeds(row.jobs, estimate_of(row, key), values) for row in (leader, other))
     difference = statistics.paired_difference(theirs, mine, exhaustive=best.exhaustive)
-    if difference is None:
+    if difference is None or len(difference.per_seed) < best.seeds:  # else the means are over other seeds
         return False
+    floor = max(floors, key=lambda each: each.value, default=None)
     if floor is None or floor.value <= best.value:
         return difference.value > difference.margin
     margin = math.hypot(difference.margin, STANDARD_ERRORS * floor.stderr)

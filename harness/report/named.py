@@ -45,7 +45,10 @@ def moments(table: Table) -> Panel | None:
     measured = [(row, key, each) for row in table.rows for key, each in _holding(row, table, ERRORS_OF)]
     if not measured:
         return None
-    floors = {key: floor for row, key, _ in measured if (floor := floor_of(row, key))}
+    floors: dict[Key, Estimate] = {}
+    for row, key, _ in measured:
+        if floor := floor_of(row, key):
+            floors[key] = max(floor, floors.get(key, floor), key=lambda each: each.value)
     found = [
         *((row.label, key, each) for row, key, each in measured),
         *((FLOOR_LABEL, key, each) for key, each in floors.items()),
