@@ -32,9 +32,10 @@ NO_DENSITY = "posterior has no density"
 class PSIS(Evaluator):
     """`k_hat` of q(z|x) itself, where its density is known.
 
-    Observations whose weights are all the same to rounding have no tail and are left out; their number is in the
-    settings. Errors are the asymptotic ones of a tail of M draws, (1 + k) / sqrt(M) (Smith 1987,
-    https://doi.org/10.1214/aos/1176350499), taken as if k were not negative.
+    Observations whose largest weights are all the same have no tail and are left out; their number is in the settings.
+    Weights that are the same but for rounding have one, of a k-hat that means nothing and alarms nobody. Errors are the
+    asymptotic ones of a tail of M draws, (1 + k) / sqrt(M) (Smith 1987, https://doi.org/10.1214/aos/1176350499), taken
+    as if k were not negative.
 
     Args:
         observations: How many of the fixed scored test observations.
