@@ -72,11 +72,12 @@ def _fitted(jobs: Sequence[Job], runs: Sequence[Run]) -> list[Fit | Diverged]:
         with clock.phase("warm-up"):
             training.warm_up(first.device, first.dtype)
         with clock.phase("fit"):
-            if len(jobs) > 1:
-                ended = training.fit_together([job.method for job in jobs], views, runs)
-            else:
+            if len(jobs) == 1:
                 with runs[0].streams.initial_weights(shared=False):
                     ended = [first.method.fit(views[0], runs[0])]
+            else:
+                methods = [job.method for job in jobs if isinstance(job.method, training.GradientMethod)]
+                ended = training.fit_together(methods, views, runs)
     return [
         dataclasses.replace(fit, curve=tuple(run.curve), seconds=clock.seconds["fit"]) if isinstance(fit, Fit) else fit
         for fit, run in zip(ended, runs, strict=True)

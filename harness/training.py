@@ -273,12 +273,13 @@ class _Loop:
         Raises:
             ValueError: If it belongs to other modules, or if replicas have not come equally far.
         """
-        states = [replica.run.checkpoint.load() for replica in self.replicas]
-        reached = [state and state.facts["steps"] for state in states]
+        found = [replica.run.checkpoint.load() for replica in self.replicas]
+        states = [state for state in found if state is not None]
+        if not states:
+            return
+        reached = [state and state.facts["steps"] for state in found]
         if len(set(reached)) != 1:
             raise ValueError(f"{self.method.name}: fits that are trained together have stopped at the steps {reached}")
-        if states[0] is None:
-            return
         for number, state in enumerate(states):
             self._take_up(number, state)
         pending = [state.tensors["pending"].to(self.run.device) for state in states]

@@ -99,8 +99,11 @@ def comparison_options(command: Callable[..., int]) -> Callable[..., int]:
 
     callback = click.option("--suite", metavar="FILE.toml", help=_SUITE_HELP)(parsed)
     for name, key in reversed(_KEYS.items()):
-        how = {"is_flag": True, "default": None} if key.expected == _FLAG else {"metavar": key.metavar}
-        option = click.option(f"--{name}", help=key.help, **how)
+        option = (
+            click.option(f"--{name}", is_flag=True, default=None, help=key.help)
+            if key.expected == _FLAG
+            else click.option(f"--{name}", metavar=key.metavar, help=key.help)
+        )
         callback = plugin_option(callback) if name == "plugin" else option(callback)
     return callback
 

@@ -15,7 +15,7 @@ from harness.target import PosteriorProblem
 from harness.testing import ConformanceError, check_problem
 from harness_plugins.exact import quadrature
 from harness_plugins.funnel import Funnel, FunnelModel
-from harness_plugins.planar import Banana, Torus, TwoMoons, TwoMoonsModel
+from harness_plugins.planar import Banana, Torus, TorusModel, TwoMoons, TwoMoonsModel
 
 ORIGIN = torch.zeros(1, 2, dtype=torch.float64)
 X = torch.ones(1, 1, dtype=torch.float64)
@@ -53,6 +53,7 @@ def test_evidence_and_moments_are_sums_over_the_plane(problem: PosteriorProblem,
 
 def test_the_maxima_of_the_torus_are_a_circle() -> None:
     model = Torus().target()
+    assert isinstance(model, TorusModel)
     turn = torch.linspace(0, 2 * math.pi, 50, dtype=torch.float64)
     circle = math.sqrt(2) * torch.stack([turn.cos(), turn.sin()], dim=-1)
     assert isinstance(model, HasNoMode)
