@@ -34,4 +34,4 @@ def _key(task: Task) -> Hashable:
     if job.step_mode != VECTORISED or entry.status or not isinstance(job.method, GradientMethod):
         return job.job_id
     alike = {option: value for option, value in job.method.config.items() if option not in job.method.per_replica}
-    return job.problem, job.method.name, json.dumps(alike, sort_keys=True), str(job.budget), entry.step
+    return job.problem, type(job.method), json.dumps(alike, sort_keys=True), str(job.budget), entry.step

@@ -59,6 +59,7 @@ class StoredCheckpoint(Checkpoint):
         run: The job's, whose curve and clock are kept and taken up again.
         environment: The columns of a record that speak of the machine.
         on_resumed: Told the fraction and the step from which the fit goes on.
+        together: How many fits share the run's clock.
     """
 
     def __init__(
@@ -69,13 +70,14 @@ class StoredCheckpoint(Checkpoint):
         environment: Mapping[str, Any],
         stop: Stop,
         on_resumed: Callable[[float, int], None] = lambda fraction, step: None,
+        together: int = 1,
     ) -> None:
         self.run = run
         self.store = store
         self.job_id = job_id
         self.stop = stop
         self.on_resumed = on_resumed
-        self.places: list[Facts] = [{column: environment.get(column) for column in _PLACE}]
+        self.places: list[Facts] = [{column: environment.get(column) for column in _PLACE} | {"together": together}]
         self._next = EVERY
         self._failing = False
 
@@ -88,6 +90,7 @@ class StoredCheckpoint(Checkpoint):
                 arrays, facts = _read(path)
         except Damaged as error:
             log.warning("%s; the fit starts anew", error)
+            self.store.remove_checkpoint(self.job_id)
             return None
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         self.run.curve[:] = _points(tensors.pop("curve").tolist())
@@ -116,7 +119,10 @@ class StoredCheckpoint(Checkpoint):
 
     def _write(self, state: State, facts: Facts) -> bool:
         """Whether it could be written; if not, the user is told, and the fit goes on without."""
-        arrays = {f"method/{name}": tensor.detach().cpu().numpy() for name, tensor in state.tensors.items()}
+        arrays = {
+            f"method/{name}": np.asarray(tensor.detach().cpu().numpy(), order="C")  # safetensors knows no strides
+            for name, tensor in state.tensors.items()
+        }
         try:
             self.store.write_checkpoint(self.job_id, _content({**arrays, "curve": _array(self.run.curve)}, facts))
         except OSError as error:
@@ -130,10 +136,13 @@ class StoredCheckpoint(Checkpoint):
 
     def facts(self) -> Facts:
         """The columns of a record that speak of the parts of the fit."""
-        return {"fit_parts": len(self.places), "timing_valid": self._one_place()}
+        shared = any(place["together"] > 1 for place in self.places)
+        valid = self._one_place() and not shared  # else it is no single fit's time
+        return {"fit_parts": len(self.places), "timing_valid": valid, "shared_clock": shared}
 
     def _one_place(self) -> bool:
-        return all(place == self.places[0] for place in self.places)
+        where = [{column: place[column] for column in _PLACE} for place in self.places]
+        return all(place == where[0] for place in where)
 
 
 def _array(curve: list[CurvePoint]) -> np.ndarray:

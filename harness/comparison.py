@@ -91,8 +91,8 @@ def compare(
         seeds: How many (0, 1, ...), or which.
         budget: ``steps=5000`` and the like for all problems; each problem's own default unless given.
         vectorize_seeds: Fit all seeds of a method on a problem, and its learning rates, as one batched program. Each
-            is the fit of its seed alone, but for the order of sums; they share a clock. What cannot be batched is
-            fitted one by one, with a warning in the log.
+            is the fit of its seed alone, but for the order of sums; they share a clock. Methods that cannot be batched
+            are fitted one by one, with a warning in the log, and so are budgets of seconds or convergence.
         retry: Statuses (``failed`` ...) of finished jobs that are to be tried again.
         stop_after: Seconds after which this run ends at the next checkpoint, or before the next job or measurement; the
             same call goes on from there. To the end unless given. Several calls may share a `Stop`.

@@ -11,6 +11,13 @@ from harness.trials import Trials
 
 Unit = Literal["steps", "seconds"]
 
+EQUAL_SECONDS = (
+    "At equal seconds every method has the seconds that a fit took at equal steps, averaged over the methods: the same "
+    "time in all, shared equally. They are seconds of the fit clock of this machine: another machine, or other work "
+    "beside the fits, gives other numbers of steps."
+)
+"""A remark for reports."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class EqualBudgets:

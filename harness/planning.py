@@ -22,6 +22,7 @@ from harness.problem import DataError, Problem, loaded
 from harness.record import STATUSES
 from harness.registry import Registry
 from harness.store import Facts, Store
+from harness.training import OF_ITS_OWN
 
 log = logging.getLogger(__name__)
 
@@ -151,8 +152,8 @@ def vectorised(jobs: Iterable[Job]) -> list[Job]:
 
 
 def _one_by_one(job: Job) -> str | None:
-    if job.budget.unit == "converged":
-        return "each ends where it has converged"
+    if job.budget.unit in OF_ITS_OWN:
+        return OF_ITS_OWN[job.budget.unit]
     return job.method.one_by_one()
 
 

@@ -6,7 +6,7 @@ Each part has a state that can be kept and taken up again.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -70,6 +70,8 @@ class Owned:
 
     def __init__(self, players: Sequence[Player], modules: Sequence[Modules]) -> None:
         self.player = players[0]
+        if any(replace(player, lr=self.player.lr, betas=self.player.betas) != self.player for player in players):
+            raise ValueError(f"players of replicas may differ in learning rate and betas only, got {list(players)}")
         self.replicas = [dict(_parameters(self.player, own)) for own in modules]
         self.parameters = list(self.replicas[0].values())
         if not self.parameters:
@@ -91,7 +93,7 @@ class Owned:
         )
         for row in self.rows:
             moments = {name: torch.zeros_like(row) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimiser.state[row] = {"step": torch.zeros((), device=row.device), **moments}
+            self.optimiser.state[row] = {"step": torch.zeros((), dtype=torch.float32, device=row.device), **moments}
 
     def batched(self) -> dict[str, Tensor]:
         """The parameters of all replicas by name, (R, *shape): views of the same memory, to differentiate with."""

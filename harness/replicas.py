@@ -111,9 +111,12 @@ class Together:
         noise = stacks([noise for _, noise in drawn])
         try:
             return vmap(self._of_one)(self.tensors, x, noise)
+        except (torch.OutOfMemoryError, torch.linalg.LinAlgError):
+            raise
         except RuntimeError as error:
             raise RuntimeError(
-                f"its losses are no batched program ({error}); let one_by_one() say so, or fit the seeds one by one"
+                f"its losses, or the problem's model, are no batched program ({error}); fit the seeds one by one, and "
+                "let the method's one_by_one() say so if it is the method"
             ) from error
 
     def _of_one(self, tensors: dict[str, Tensor], x: Tensor, noise: Noise) -> dict[str, Tensor]:

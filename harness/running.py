@@ -105,7 +105,8 @@ def fit_jobs(
     checkpoint first, if its method uses them.
 
     Args:
-        on_progress, on_resumed: Told of the first job.
+        on_progress: Told of every job.
+        on_resumed: Told of the first one.
 
     Raises:
         Stopped: If the run is to end before that is done.
@@ -114,11 +115,10 @@ def fit_jobs(
     clock, runs, checkpoints = Clock(jobs[0].device), [], []
     for job in jobs:
         runs.append(job.new_run(clock))
-        checkpoints.append(StoredCheckpoint(runs[-1], store, job.job_id, environment, stop))
-        runs[-1].checkpoint = checkpoints[-1]
-    runs[0].on_progress, checkpoints[0].on_resumed = on_progress, on_resumed
+        checkpoints.append(StoredCheckpoint(runs[-1], store, job.job_id, environment, stop, together=len(jobs)))
+        runs[-1].checkpoint, runs[-1].on_progress = checkpoints[-1], on_progress
+    checkpoints[0].on_resumed = on_resumed
     facts = {**environment, "started_at": datetime.now(UTC).isoformat(timespec="seconds")}
-    facts |= {"shared_clock": len(jobs) > 1}
     with stop.interrupts_wait():
         try:
             ended: Sequence[Fit | BaseException] = _fitted(jobs, runs)
@@ -149,8 +149,6 @@ def _stored(
     except (Exception, SystemExit) as error:
         outcome, text = JobOutcome("failed", f"{type(error).__name__}: {error}"), traceback.format_exc()
     facts |= {**checkpoint.facts(), "status": outcome.status, "reason": outcome.reason}
-    if facts["shared_clock"]:
-        facts["timing_valid"] = False  # it is no single fit's time
     store.write_job(job.job_id, facts, text)
     if outcome.status != "failed":  # what failed (the disk was full ...) may be tried again from where it was
         store.remove_checkpoint(job.job_id)

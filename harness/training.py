@@ -31,6 +31,8 @@ LOG_EVERY = 100
 CLOCK_EVERY = 10
 VALIDATION_CHECKS = 20
 CONVERGENCE_CHECK_STEPS = 500
+OF_ITS_OWN = {"converged": "each ends where it has converged", "seconds": "its seconds would be those of all"}
+"""Budgets that fits cannot share, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ class GradientMethod(Method):
         """
 
     def one_by_one(self) -> str | None:
-        return None
+        return None if type(self).fit is GradientMethod.fit else "it has a loop of its own"
 
     def fit(self, view: TrainingView, run: Run) -> Fit:
         [ended] = _trained([self], [_replica(self, view, run)])
@@ -126,8 +128,11 @@ def fit_together(
     """
     if any(run.budget != runs[0].budget or run.clock is not runs[0].clock for run in runs):
         raise ValueError("fits that are trained together must share their budget and their clock")
-    if runs[0].budget.unit == "converged" and len(runs) > 1:
-        raise ValueError("fits that end when they have converged cannot be trained together")
+    if runs[0].budget.unit in OF_ITS_OWN:
+        raise ValueError(f"a budget of {runs[0].budget.unit} cannot be shared: {OF_ITS_OWN[runs[0].budget.unit]}")
+    loops = [(method.batch_size, method.lr_decay, method.clip_norm) for method in methods]
+    if len({*loops}) > 1 or len({type(method) for method in methods}) > 1:
+        raise ValueError("fits that are trained together must be of one method, batch size, decay and clipping")
     replicas = []
     for method, view, run in zip(methods, views, runs, strict=True):
         with run.streams.initial_weights(shared=False):
@@ -244,7 +249,13 @@ class _Loop:
             for part, thing in self._parts(number).items()
             for name, tensor in thing.state_dict().items()
         }
-        facts = {"steps": self.steps, "fraction": self.fraction, "lr_factor": self.lr_factor}
+        diverged = self.replicas[number].diverged
+        facts = {
+            "steps": self.steps,
+            "fraction": self.fraction,
+            "lr_factor": self.lr_factor,
+            "diverged": str(diverged) if diverged else "",
+        }
         return State({**tensors, "pending": self._objectives()[:, number]}, facts)
 
     def _objectives(self) -> Tensor:
@@ -279,9 +290,13 @@ class _Loop:
             return
         reached = [state and state.facts["steps"] for state in found]
         if len(set(reached)) != 1:
-            raise ValueError(f"{self.method.name}: fits that are trained together have stopped at the steps {reached}")
-        for number, state in enumerate(states):
+            raise ValueError(
+                f"{self.method.name}: fits that are trained together have stopped at the steps {reached}; tried again, "
+                "each goes on from there"
+            )
+        for number, (replica, state) in enumerate(zip(self.replicas, states, strict=True)):
             self._take_up(number, state)
+            replica.diverged = Diverged(state.facts["diverged"]) if state.facts["diverged"] else None
         pending = [state.tensors["pending"].to(self.run.device) for state in states]
         self.pending = list(torch.stack(pending, dim=1))
         facts = states[0].facts

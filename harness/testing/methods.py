@@ -194,6 +194,8 @@ def _check_per_replica(method: GradientMethod, view: TrainingView, fit: Fit) -> 
     """Options that are said to be the players' own change no loss."""
     unknown = sorted(method.per_replica - method.config.keys())
     require(not unknown, f"{method.name}: per_replica names no options: {', '.join(unknown)}")
+    of_loop = sorted(method.per_replica & {field.name for field in dataclasses.fields(GradientMethod)})
+    require(not of_loop, f"{method.name}: per_replica names options of the loop: {', '.join(of_loop)}")
     modules, x, noise = _modules(method, view), view.validation, _noise(method, view)
     modules.load_state_dict(dict(fit.state))
     changed = {option: 0.9 * method.config[option] for option in method.per_replica}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harness import hookimpl
-from harness.equal_budgets import EqualBudgets
+from harness.equal_budgets import EQUAL_SECONDS, EqualBudgets
 from harness.experiment import (
     Column,
     Contents,
@@ -154,11 +154,7 @@ REMARKS = [
         "at a log p(x) of -27.1 with two latent dimensions, and 4e-3 was put in its place: that choice has seen a "
         "test result."
     ),
-    (
-        "At equal seconds every method has the seconds that a fit took at equal steps, averaged over the methods: "
-        "the same time in all, shared equally. They are seconds of the fit clock of this machine: another machine, "
-        "or other work beside the fits, gives other numbers of steps."
-    ),
+    EQUAL_SECONDS,
     (
         "With two latent dimensions log p(x) is exact, by quadrature. With more it is a stochastic lower bound by "
         "annealed importance sampling from the same kind of start for every method; bidirectional bounds on "

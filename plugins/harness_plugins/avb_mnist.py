@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from harness import hookimpl
-from harness.equal_budgets import EqualBudgets
+from harness.equal_budgets import EQUAL_SECONDS, EqualBudgets
 from harness.experiment import (
     Column,
     Contents,
@@ -186,6 +186,7 @@ REMARKS = [
         "from the encoder, from moments or from the prior, depending on the method, and adapts step sizes for some "
         "methods only."
     ),
+    EQUAL_SECONDS,
     "log p(x) measures the decoder, not the posterior. BDMC gap: how loose it may be, on images of the model.",
     (
         "The released VAE has much smaller networks than the released AVB, and which configurations made Table 2 "

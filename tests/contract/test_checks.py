@@ -155,6 +155,11 @@ class NoSuchOption(SharedScale):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OfTheLoop(SharedScale):
+    per_replica: ClassVar[frozenset[str]] = frozenset({"lr", "lr_decay"})
+
+
+@dataclass(frozen=True, kw_only=True)
 class NotANumber(SharedScale):
     def posterior(self, modules: Modules) -> Any:
         return altered(modules, sample=lambda own, x, n, generator: own.sample(x, n, generator) / 0)
@@ -321,10 +326,11 @@ def altered(modules: Modules, **methods: Any) -> Any:
         (WrongPlayer, r"losses \['elbo', 'negative_elbo'\] for players \['negative_elbo'\]"),
         (DetachedEncoder, "encoder.* belongs to player 'negative_elbo', whose loss does not depend on it"),
         (ZeroGradient, "encoder.* belongs to player 'negative_elbo', whose loss gives it no gradient"),
-        (Unbatched, r"unbatched: its losses are no batched program .*one_by_one\(\)"),
+        (Unbatched, r"unbatched: its losses, or the problem's model, are no batched program .*one_by_one\(\)"),
         (Entangled, "a fit of seed 1 alone, and one together with seed 0: differ by up to"),
         (OtherLoss, "per_replica has an option that changes loss 'negative_elbo'"),
         (NoSuchOption, "per_replica names no options: learning_rate"),
+        (OfTheLoop, "per_replica names options of the loop: lr_decay"),
         (NotANumber, "sample: not finite"),
         (WrongShape, r"sample: expected shape \(3, 4, 2\), got \(4, 3, 2\)"),
         (IgnoresGenerator, "Posterior.sample changes torch's global generator"),

@@ -119,7 +119,8 @@ def test_all_that_diverge_end_early() -> None:
     ("budgets", "message"),
     [
         (("steps=5", "steps=6"), "must share their budget and their clock"),
-        (("converged=2", "converged=2"), "converged cannot be trained together"),
+        (("converged=2", "converged=2"), "a budget of converged cannot be shared"),
+        (("seconds=2", "seconds=2"), "a budget of seconds cannot be shared"),
     ],
 )
 def test_what_cannot_be_trained_together_is_refused(budgets: tuple[str, str], message: str) -> None:
@@ -129,8 +130,20 @@ def test_what_cannot_be_trained_together_is_refused(budgets: tuple[str, str], me
     with pytest.raises(ValueError, match=message):
         fit_together([VAE()] * 2, views, runs)
     runs[1] = run_of(VAE(), 1, budgets[0], Clock(CPU))
-    with pytest.raises(ValueError, match=r"their clock|converged"):
+    with pytest.raises(ValueError, match=r"their clock"):
         fit_together([VAE()] * 2, views, runs)
+
+
+@pytest.mark.parametrize("other", [VAE(batch_size=8), VAE(lr_decay=1), VAE(clip_norm=1), AVB()])
+def test_unlike_methods_are_not_trained_together(other: GradientMethod) -> None:
+    with pytest.raises(ValueError, match="must be of one method, batch size, decay and clipping"):
+        at_once([VAE(), other], [0, 1], "steps=5")
+
+
+def test_players_that_take_other_steps_are_not_trained_together() -> None:
+    methods = [AVB(noise_dim=3), AVB(noise_dim=3, adversary_steps=2)]
+    with pytest.raises(ValueError, match="may differ in learning rate and betas only"):
+        at_once(methods, [0, 1], "steps=5")
 
 
 # In a comparison
@@ -187,17 +200,45 @@ class After(Stop):
         return self.times < 0
 
 
-def test_fits_that_were_stopped_go_on_together(tmp_path: Path) -> None:
-    whole = harness.compare(METHODS[1], out=tmp_path / "a", vectorize_seeds=True, **SMALL)
+@pytest.mark.parametrize("after", [1, 11, 14])
+def test_fits_that_were_stopped_go_on_together(after: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Also between two points of the training curve, with scalars that are in none of them yet; bit for bit."""
+    asked = {**SMALL, "budget": "steps=300", "vectorize_seeds": True}  # a point every 15 steps
+    whole = harness.compare(METHODS[1], out=tmp_path / "a", **asked)
     with pytest.raises(Stopped):
-        harness.compare(METHODS[1], out=tmp_path / "b", vectorize_seeds=True, **SMALL, stop_after=After(11))
-    planned = plan(METHODS[1], out=tmp_path / "b", vectorize_seeds=True, **SMALL)
-    assert [job.step for job in planned] == [12, 12, 12]
+        harness.compare(METHODS[1], out=tmp_path / "b", **asked, stop_after=After(after))
+    assert [job.step for job in plan(METHODS[1], out=tmp_path / "b", **asked)] == [after + 1] * 3
     progress = Counted()
-    parts = harness.compare(METHODS[1], out=tmp_path / "b", vectorize_seeds=True, **SMALL, progress=progress)
+    parts = harness.compare(METHODS[1], out=tmp_path / "b", **asked, progress=progress)
     assert progress.together == [3, 1, 1, 1]
-    columns = ["job_id", "metric", "value", "fit_steps", "status"]
+    assert caplog.messages == []
+    columns = ["job_id", "metric", "value", "fit_steps", "status", "shared_clock", "timing_valid"]
     pd.testing.assert_frame_equal(parts[columns], whole[columns])
+    for job_id in whole["job_id"].unique():
+        curves = [(tmp_path / folder / "fits" / job_id / "curve.csv").read_text() for folder in ("a", "b")]
+        points = [[line.split(",")[::2] for line in curve.splitlines()] for curve in curves]  # without the seconds
+        assert points[0] == points[1]
+
+
+def test_a_fit_that_goes_on_alone_has_shared_its_clock(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        harness.compare(METHODS[1], out=tmp_path, vectorize_seeds=True, **SMALL, stop_after=After(11))
+    alone = harness.compare(METHODS[1], out=tmp_path, vectorize_seeds=True, **{**SMALL, "seeds": 1})
+    assert alone["shared_clock"].all()
+    assert not alone["timing_valid"].any()
+
+
+def test_one_that_has_diverged_stays_so(tmp_path: Path) -> None:
+    """Where the run is stopped afterwards it is not found again later, for another reason."""
+    asked = {**SMALL, "seeds": 1, "budget": "steps=600", "vectorize_seeds": True}
+    methods = [VAE(batch_size=16), VAE(batch_size=16, lr=1e38)]
+    whole = harness.compare(methods, out=tmp_path / "a", **asked)
+    with pytest.raises(Stopped):
+        harness.compare(methods, out=tmp_path / "b", **asked, stop_after=After(400))
+    parts = harness.compare(methods, out=tmp_path / "b", **asked)
+    columns = ["job_id", "status", "reason", "value"]
+    pd.testing.assert_frame_equal(parts[columns], whole[columns])
+    assert set(whole.loc[whole["config"].str.contains("e+38", regex=False), "status"]) == {"diverged"}
 
 
 def test_fits_that_have_come_unequally_far_go_on_apart(tmp_path: Path) -> None:
@@ -234,7 +275,7 @@ class Choosy(VAE):
 def test_losses_that_are_no_batched_program_fail_with_the_remedy(tmp_path: Path) -> None:
     records = harness.compare(Choosy(), out=tmp_path, vectorize_seeds=True, **SMALL)
     assert set(records["status"]) == {"failed"}
-    assert records["reason"].str.contains("its losses are no batched program").all()
+    assert records["reason"].str.contains("are no batched program").all()
     assert records["reason"].str.contains("one_by_one").all()
     assert "ok" in set(harness.compare(Choosy(), out=tmp_path, **SMALL)["status"])
 
@@ -249,6 +290,7 @@ def test_losses_that_are_no_batched_program_fail_with_the_remedy(tmp_path: Path)
             "nuts: seeds are fitted one by one: it has no steps that could be batched",
         ),
         (VAE(batch_size=16), "converged=1", "vae: seeds are fitted one by one: each ends where it has converged"),
+        (VAE(batch_size=16), "seconds=0.1", "vae: seeds are fitted one by one: its seconds would be those of all"),
     ],
 )
 def test_what_cannot_be_batched_says_so(
