@@ -111,7 +111,7 @@ class Together:
         noise = stacks([noise for _, noise in drawn])
         try:
             return vmap(self._of_one)(self.tensors, x, noise)
-        except (torch.OutOfMemoryError, torch.linalg.LinAlgError):
+        except (torch.OutOfMemoryError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
             raise
         except RuntimeError as error:
             raise RuntimeError(
