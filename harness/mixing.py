@@ -12,6 +12,7 @@ Shapes: C chains, n draws, D latent dimensions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -61,11 +62,13 @@ def diagnostics(found: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
 def effective_draws(values: np.ndarray, of: Literal["mean", "sd"] = "mean") -> float:
     """How many independent draws would give the mean, or the standard deviation, of values (C, n) the same error.
 
-    At most C n: draws that repel one another are worth more for the one and less for the other.
+    At most C n: draws that repel one another are worth more for the one and less for the other. One, where chains are
+    too short to tell.
     """
     from arviz_stats.base.array import array_stats
 
     if values.min() == values.max():
         return float(values.size)
     found = array_stats.ess(values[None], chain_axis=1, draw_axis=2, method=of)
-    return float(min(np.asarray(found).item(), values.size))
+    worth = np.asarray(found).item()
+    return 1.0 if math.isnan(worth) else float(min(worth, values.size))

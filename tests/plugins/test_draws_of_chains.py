@@ -86,6 +86,9 @@ def test_draws_are_worth_no_more_than_they_are() -> None:
     alternating[:, 1::2] = -alternating[:, ::2]
     assert effective_draws(alternating) == 4000
     assert effective_draws(np.ones((4, 10))) == 40
+    assert effective_draws(values[:2, :3]) == 1  # too short
+    stuck = np.repeat([[0.0], [0.0], [1.0], [1.0]], 200, axis=1)
+    assert effective_draws(stuck) < 8
     assert effective_draws(values + 5 * np.arange(4)[:, None]) < 40
 
 
