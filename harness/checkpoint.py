@@ -77,7 +77,8 @@ class StoredCheckpoint(Checkpoint):
         self.job_id = job_id
         self.stop = stop
         self.on_resumed = on_resumed
-        self.places: list[Facts] = [{column: environment.get(column) for column in _PLACE} | {"together": together}]
+        here = {column: environment.get(column) for column in _PLACE}
+        self.places: list[Facts] = [here | {"together": together, "beside": environment.get("beside", 1)}]
         self._next = EVERY
         self._failing = False
 
@@ -137,7 +138,8 @@ class StoredCheckpoint(Checkpoint):
     def facts(self) -> Facts:
         """The columns of a record that speak of the parts of the fit."""
         shared = any(place["together"] > 1 for place in self.places)
-        valid = self._one_place() and not shared  # else it is no single fit's time
+        alone = all(place.get("beside", 1) == 1 for place in self.places)
+        valid = self._one_place() and not shared and alone  # else it is no single fit's time
         return {"fit_parts": len(self.places), "timing_valid": valid, "shared_clock": shared}
 
     def _one_place(self) -> bool:

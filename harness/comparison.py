@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,9 +16,9 @@ import pandas as pd
 from harness import environment
 from harness.bundling import Task, bundles
 from harness.evaluator import Evaluator
-from harness.executors import LocalExecutor
+from harness.executors import LocalExecutor, WorkerProcesses
 from harness.job import Job
-from harness.method import CurvePoint, Fit, Method
+from harness.method import Fit, Method
 from harness.options import UserError, parse_seconds, unknown
 from harness.planning import (
     Comparison,
@@ -29,9 +32,10 @@ from harness.planning import (
 )
 from harness.problem import DeviceData, Problem, placed
 from harness.registry import Registry
-from harness.running import JobOutcome, fit_in_memory, fit_jobs, measure_job, restored
+from harness.running import JobOutcome, fit_in_memory, restored
 from harness.stopping import Stop
 from harness.store import Store
+from harness.working import Bundle, Work, WorkElsewhere, died, machine, threads_each, threads_limited
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +55,10 @@ class Progress(Protocol):
     def job_finished(self, job: PlannedJob, status: str, reason: str) -> None: ...
     def finished(self) -> None: ...
 
+    def lane(self, number: int) -> Progress:
+        """That of one worker of several; the first is this one itself."""
+        ...
+
 
 class Silent:
     """Progress that is not shown."""
@@ -63,6 +71,9 @@ class Silent:
     def measured(self, fraction: float, facts: str) -> None: ...
     def job_finished(self, job: PlannedJob, status: str, reason: str) -> None: ...
     def finished(self) -> None: ...
+
+    def lane(self, number: int) -> Progress:
+        return self
 
 
 def compare(
@@ -79,6 +90,7 @@ def compare(
     plugins: Iterable[str | Path] = (),
     retry: Iterable[str] = (),
     stop_after: float | str | Stop | None = None,
+    jobs: int | str = 1,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Fit every method to every problem from every seed, measure all fits alike, and keep everything under ``out``.
@@ -96,6 +108,9 @@ def compare(
         retry: Statuses (``failed`` ...) of finished jobs that are to be tried again.
         stop_after: Seconds after which this run ends at the next checkpoint, or before the next job or measurement; the
             same call goes on from there. To the end unless given. Several calls may share a `Stop`.
+        jobs: How many to work on at once, each in a worker process with its part of the cores. What is timed is not
+            comparable then, and says so; fits whose budget is seconds run one at a time, with as many threads. Objects
+            among the arguments must be such that they can be pickled.
 
     Returns:
         The records of this comparison, one row per measurement.
@@ -104,11 +119,22 @@ def compare(
         UserError: For any mistake in the arguments, before anything is run.
         Stopped: If the run has ended before its work was done; a KeyboardInterrupt.
     """
-    stop = stopping(stop_after)
-    comparison = resolve(
-        methods, problems, seeds, budget, evaluators, device, precision, plugins, retry, vectorize_seeds
-    )
-    return _execute(comparison, Store.create(out), progress or Silent(), stop)
+    stop, workers = stopping(stop_after), parse_jobs(jobs)
+    asked = {
+        "methods": methods,
+        "problems": problems,
+        "seeds": seeds,
+        "budget": budget,
+        "evaluators": evaluators,
+        "device": device,
+        "precision": precision,
+        "plugins": tuple(plugins),
+        "retry": tuple(retry),
+        "vectorize_seeds": vectorize_seeds,
+    }
+    comparison = resolve(**asked)
+    elsewhere = WorkElsewhere(asked, Path(out), threads_each(workers), workers) if workers > 1 else None
+    return _execute(comparison, Store.create(out), progress or Silent(), stop, elsewhere)
 
 
 def plan(
@@ -125,9 +151,11 @@ def plan(
     plugins: Iterable[str | Path] = (),
     retry: Iterable[str] = (),
     stop_after: float | str | None = None,
+    jobs: int | str = 1,
 ) -> list[PlannedJob]:
     """Every job that `compare` with the same arguments would look at, done or not; runs none and writes nothing."""
     stopping(stop_after)
+    parse_jobs(jobs)
     comparison = resolve(
         methods, problems, seeds, budget, evaluators, device, precision, plugins, retry, vectorize_seeds
     )
@@ -219,38 +247,89 @@ def _one(items: Sequence[Any], what: str) -> Any:
 # Execution
 
 
-def _execute(comparison: Comparison, store: Store, progress: Progress, stop: Stop) -> pd.DataFrame:
-    """Work on what is not done yet; the derived tables are written whatever happens."""
+def _execute(
+    comparison: Comparison,
+    store: Store,
+    progress: Progress,
+    stop: Stop,
+    elsewhere: WorkElsewhere | None = None,
+) -> pd.DataFrame:
+    """Work on what is not done yet; the derived tables are written whatever happens.
+
+    Args:
+        elsewhere: How workers do it; in this process, one bundle of jobs after another, unless given.
+    """
     tasks = [Task(job, entry) for job in comparison.jobs if not (entry := comparison.planned(job, store)).done]
     if not tasks:
         return _of(comparison, store.records() if store.is_derived() else store.derive())
-    facts = {**environment.describe(comparison.device), "run_id": comparison.run_id}
-    store.write_text("environment.json", json.dumps({**environment.versions(), **facts}, indent=1))
+    store.write_text("environment.json", json.dumps({**environment.versions(), **machine(comparison)}, indent=1))
+    audience = _Audience(comparison, {task.entry.job_id: task.entry for task in tasks}, progress)
+    waiting = bundles(tasks)
+    beside = [bundle for bundle in waiting if elsewhere and bundle[0].job.budget.unit != "seconds"]
+    alone = [bundle for bundle in waiting if bundle not in beside]
 
-    def work(bundle: Sequence[Task]) -> None:
-        stop.before_job()
-        progress.job_started(bundle[0].entry, len(bundle))
-        for task in bundle:
-            comparison.registry.notify("harness_job_started", job=task.job)
-        fits: list[tuple[JobOutcome, Fit | None]] = [(JobOutcome("ok"), None)]  # a single one, that is stored
-        if not bundle[0].entry.status:
-            jobs = [task.job for task in bundle]
-            fits = fit_jobs(jobs, store, facts, _reporter(progress), progress.resumed, stop)
-        for (job, entry), (outcome, fit) in zip(bundle, fits, strict=True):
-            if len(bundle) > 1:
-                progress.job_started(entry)
-            if outcome.status == "ok":
-                outcome = measure_job(job, entry.waiting, fit, store, progress.measuring, progress.measured, stop)
-            progress.job_finished(entry, outcome.status, outcome.reason)
-            comparison.registry.notify("harness_job_finished", job=job, outcome=outcome)
+    def lost(bundle: Bundle, reason: str) -> None:
+        for job_id, outcome in died(comparison, store, bundle, reason):
+            audience.heard(0, "job_finished", job_id, outcome.status, outcome.reason)
 
     progress.started(len(tasks))
     try:
-        LocalExecutor().run(work, bundles(tasks))
+        if elsewhere and beside:
+            WorkerProcesses(elsewhere.beside).run(elsewhere, _ids(beside), audience.heard, lost, stop)
+        with threads_limited(elsewhere.threads) if elsewhere else nullcontext():
+            LocalExecutor().run(partial(Work, comparison, store), _ids(alone), audience.heard, lost, stop)
     finally:
         progress.finished()
         records = store.derive()
     return _of(comparison, records)
+
+
+def _ids(waiting: Iterable[Sequence[Task]]) -> list[Bundle]:
+    return [[task.job.job_id for task in bundle] for bundle in waiting]
+
+
+@dataclass(frozen=True)
+class _Audience:
+    """Those who want to know how the work goes: the user, and plugins."""
+
+    comparison: Comparison
+    entries: Mapping[str, PlannedJob]
+    progress: Progress
+
+    def heard(self, worker: int, event: str, *facts: Any) -> None:
+        """What `harness.working.Work` tells."""
+        lane = self.progress.lane(worker)
+        match event, facts:
+            case "bundle_started", [bundle]:
+                lane.job_started(self.entries[bundle[0]], len(bundle))
+                for job_id in bundle:
+                    self._notify("harness_job_started", job_id)
+            case "job_started", [job_id]:
+                lane.job_started(self.entries[job_id])
+            case "job_finished", [job_id, status, reason]:
+                lane.job_finished(self.entries[job_id], status, reason)
+                self._notify("harness_job_finished", job_id, outcome=JobOutcome(status, reason))
+            case _:
+                getattr(lane, event)(*facts)
+
+    def _notify(self, hook: str, job_id: str, **facts: Any) -> None:
+        job = next(job for job in self.comparison.jobs if job.job_id == job_id)
+        self.comparison.registry.notify(hook, job=job, **facts)
+
+
+def parse_jobs(jobs: int | str) -> int:
+    """How many jobs at once, as on the command line.
+
+    Raises:
+        UserError: If it is no positive whole number.
+    """
+    try:
+        number = int(str(jobs))
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise UserError(f"jobs: expected a positive whole number, got {jobs!r}")
+    return number
 
 
 def stopping(after: float | str | Stop | None) -> Stop:
@@ -270,10 +349,3 @@ def _of(comparison: Comparison, records: pd.DataFrame) -> pd.DataFrame:
     labels = {by.label for by in comparison.evaluators}
     mine = records[records["job_id"].isin(order) & (records["evaluator"].isin(labels) | records["evaluator"].isna())]
     return mine.sort_values("job_id", key=lambda ids: ids.map(order), kind="stable").reset_index(drop=True)
-
-
-def _reporter(progress: Progress) -> Any:
-    def report(fraction: float, point: CurvePoint) -> None:
-        progress.step(fraction, point.step, point.objective, point.seconds)
-
-    return report

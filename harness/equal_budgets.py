@@ -20,17 +20,46 @@ EQUAL_SECONDS = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class Speed:
+    """How long fits take is known from short ones, which run one at a time.
+
+    Args:
+        steps: The time that is shared is that of so many steps.
+        seconds: Of each of the short fits.
+        seed: Theirs, one that the comparison itself does not use.
+        evaluators: Something that is quick; it is not shown.
+    """
+
+    steps: int
+    seconds: float
+    seed: int
+    evaluators: str
+
+    @property
+    def remark(self) -> str:
+        return (
+            f"At equal seconds every method has the seconds that {self.steps:,} steps take, averaged over the methods, "
+            f"at the speed of fits of {self.seconds:g} seconds; these and the fits at equal seconds run one at a time, "
+            "whatever runs beside each other at equal steps. They are seconds of the fit clock of this machine: "
+            "another machine, or other work beside the fits, gives other numbers of steps."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EqualBudgets:
     """A comparison that is read twice: at equal steps, and with the time that these fits took shared equally.
 
     Args:
-        name: What the names of its suites begin with; these are NAME-trials, NAME-equal-steps and NAME-equal-seconds.
+        name: What the names of its suites begin with; these are NAME-trials, NAME-equal-steps,
+            NAME-speed and NAME-equal-seconds.
         title: What the titles of its tables and the group of its contrasts begin with.
         labels: Method -> its label for readers; the others are held against the first.
         settings: Method -> run, or the trials that find it.
         budget: Of the fits at equal steps.
         columns: Of the tables; of trials only the first is shown.
         most_timed_seeds: At equal seconds only that many seeds, the first; 0 for all.
+        speed: How long a fit takes; known from the fits at equal steps unless given, and then these have to run one at
+            a time.
 
     Raises:
         ValueError: If labels and settings are not of the same methods.
@@ -45,6 +74,7 @@ class EqualBudgets:
     budget: str
     columns: Sequence[Column]
     most_timed_seeds: int = 0
+    speed: Speed | None = None
 
     def __post_init__(self) -> None:
         runs = self.settings.settings if isinstance(self.settings, Trials) else self.settings
@@ -58,12 +88,24 @@ class EqualBudgets:
         if not methods:
             return trials
         steps = self._suite("steps", methods, self.budget)
-        budget = seconds_budget(done[steps.name]) if steps.name in done else ""
-        return [*trials, steps, *([self._suite("seconds", methods, budget)] if budget else [])]
+        timed = self._timed(self.speed, methods) if self.speed else steps
+        first = [*trials, steps, *([timed] if self.speed else [])]
+        budget = seconds_budget(done[timed.name], self.speed.steps if self.speed else 0) if timed.name in done else ""
+        return [*first, *([self._suite("seconds", methods, budget)] if budget else [])]
 
     @property
     def _trials(self) -> list[Trials]:
         return [self.settings] if isinstance(self.settings, Trials) else []
+
+    def _timed(self, speed: Speed, methods: Mapping[str, str]) -> Suite:
+        return Suite(
+            name=f"{self.name}-speed",
+            problem=self.problem,
+            methods=methods,
+            evaluators=speed.evaluators,
+            budget=f"seconds={speed.seconds:g}",
+            seeds=(speed.seed,),
+        )
 
     def _suite(self, unit: Unit, methods: Mapping[str, str], budget: str) -> Suite:
         return Suite(

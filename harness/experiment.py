@@ -223,14 +223,18 @@ class Experiment(Configurable, ABC):
 # What a suite may need of an earlier one
 
 
-def seconds_budget(records: pd.DataFrame) -> str:
+def seconds_budget(records: pd.DataFrame, steps: int = 0) -> str:
     """Budget of the seconds that a fit took, averaged over the runs, ``seconds=41.3``.
 
     So the fits of all runs together take as long as they did, and the time is shared equally. A run of which no seed
     ended well has none. It is empty if there is no other, or if the time of a fit that ended well is not valid.
+
+    Args:
+        steps: Of a fit of that many steps, at the speed of these; as many as it had, unless given.
     """
     ended = records[records["status"] == "ok"].drop_duplicates("job_id")
     if ended.empty or not ended["timing_valid"].eq(True).all():
         return ""
-    mean = ended.groupby("run")["fit_seconds"].mean().mean()
+    seconds = ended["fit_seconds"] * (steps / ended["fit_steps"] if steps else 1.0)
+    mean = seconds.groupby(ended["run"]).mean().mean()
     return f"seconds={float(f'{mean:.3g}'):g}"

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import pandas as pd
 
 from harness import environment
-from harness.comparison import Progress, compare, plan, stopping
+from harness.comparison import Progress, compare, parse_jobs, plan, stopping
 from harness.experiment import Experiment, Scale, Suite
 from harness.options import UserError, parse_seeds, seeds_text, unknown
 from harness.planning import select
@@ -51,6 +51,7 @@ def reproduce(
     plugins: Iterable[str | Path] = (),
     retry: Iterable[str] = (),
     stop_after: float | str | None = None,
+    jobs: int | str = 1,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Run an experiment of a paper and write its report under ``out``; what is done already is not done again.
@@ -62,6 +63,7 @@ def reproduce(
         out: ``results/NAME`` unless given, with the scale in the name if it is not laptop.
         retry: Statuses (``failed`` ...) of finished jobs that are to be tried again.
         stop_after: As in `harness.compare`, for all suites together.
+        jobs: As in `harness.compare`.
 
     Returns:
         The records of all suites, one row per measurement, with the columns ``suite`` and ``run``.
@@ -79,6 +81,7 @@ def reproduce(
         plugins=plugins,
         retry=retry,
         stop_after=stop_after,
+        jobs=jobs,
         progress=progress,
     )
     return made.records
@@ -94,6 +97,7 @@ def run(
     plugins: Iterable[str | Path],
     retry: Iterable[str],
     stop_after: float | str | None,
+    jobs: int | str,
     progress: Progress | None,
 ) -> Reproduction:
     """As `reproduce`, with everything that the report was made of."""
@@ -102,7 +106,7 @@ def run(
     chosen, at = _one(registry, experiment), _scale(scale)
     numbers = parse_seeds(chosen.seeds(at) if seeds is None else seeds)
     folder = Path(out) if out is not None else Path("results") / _folder(chosen.label, at)
-    common = {"device": device, "plugins": plugins, "retry": retry}
+    common = {"device": device, "plugins": plugins, "retry": retry, "jobs": parse_jobs(jobs)}
     *_, suites = rehearse(chosen, at)
     for suite in suites:  # mistakes are told of before anything is run, in later suites too
         _check_apart(suite, numbers)
@@ -196,6 +200,7 @@ def _command(experiment: Experiment, scale: Scale, seeds: Sequence[int], common:
     """The command line that repeats the run."""
     words = ["harness", "reproduce", experiment.label, "--scale", scale, "--seeds", seeds_text(seeds)]
     words += ["--device", common["device"]] if common["device"] != "auto" else []
+    words += ["--jobs", str(common["jobs"])] if common["jobs"] != 1 else []
     return shlex.join([*words, *(word for path in common["plugins"] for word in ("--plugin", str(path)))])
 
 

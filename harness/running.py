@@ -214,15 +214,38 @@ def _measure_and_store(job: Job, by: Evaluator, fit: Callable[[], Fit], run: Eva
     except (Exception, SystemExit) as error:  # an evaluator may fail in any way; the other evaluators go on
         outcome = JobOutcome("failed", f"{type(error).__name__}: {error}")
         store.write_text(f"measurements/{job.job_id}/{name}.traceback.txt", traceback.format_exc())
+    _store_measured(job, by, outcome, store, rows, examples, clock.seconds.get("measure"))
+    return outcome
+
+
+def _store_measured(
+    job: Job,
+    by: Evaluator,
+    outcome: JobOutcome,
+    store: Store,
+    rows: Sequence[Facts] = (),
+    examples: Mapping[str, np.ndarray] | None = None,
+    seconds: float | None = None,
+) -> None:
     common = {
         "evaluator": by.label,
         "status": outcome.status,
         "reason": outcome.reason,
-        "evaluate_seconds": clock.seconds.get("measure"),
+        "evaluate_seconds": seconds,
     }
     facts = {"key": job.measurement_key(by), "config": by.config, "rows": [{**common, **row} for row in rows or [{}]]}
-    store.write_measured(job.job_id, name, facts, examples)
-    return outcome
+    store.write_measured(job.job_id, evaluator_file(by), facts, examples or {})
+
+
+def store_end(
+    job: Job, evaluators: Sequence[Evaluator], outcome: JobOutcome, store: Store, environment: Mapping[str, Any]
+) -> None:
+    """Store how a job ended that cannot do so itself: in its fit, or else while these evaluators were to measure it."""
+    if not evaluators:
+        facts = {**job.facts(), **environment, "status": outcome.status, "reason": outcome.reason}
+        store.write_job(job.job_id, {**facts, "started_at": datetime.now(UTC).isoformat(timespec="seconds")})
+    for by in evaluators:
+        _store_measured(job, by, outcome, store)
 
 
 def _measure(job: Job, by: Evaluator, fit: Fit, run: EvaluationRun, clock: Clock) -> list[Measurement]:

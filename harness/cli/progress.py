@@ -25,12 +25,36 @@ NARROW, WIDE = 80, 100
 
 
 @dataclass
-class Tally:
-    """Where the work stands, and how long it will take if it goes on as it has."""
+class Whole:
+    """All jobs: how many are done, and how long the others will take if it goes on so."""
 
     now: Callable[[], float] = time.monotonic
     jobs: int = 0
     finished: int = 0
+    before: float = 0.0
+    began: float = 0.0
+    tallies: list[Tally] = field(default_factory=list["Tally"])
+
+    def start(self, jobs: int) -> None:
+        self.jobs, self.finished, self.before, self.began = jobs, 0, 0.0, self.now()
+
+    @property
+    def done(self) -> float:
+        """Jobs, the current ones in part."""
+        return self.finished + sum(tally.fraction * tally.together for tally in self.tallies)
+
+    def left(self) -> str:
+        """Remaining time, by what has been done since the start."""
+        done = self.done - self.before
+        return clock((self.now() - self.began) * (self.jobs - self.done) / done if done > 0 else math.nan)
+
+
+@dataclass
+class Tally:
+    """Where the work stands that one worker does."""
+
+    now: Callable[[], float] = time.monotonic
+    whole: Whole = field(default_factory=Whole)
     job: str = ""
     together: int = 1
     fraction: float = 0.0
@@ -40,12 +64,15 @@ class Tally:
     evaluator: str = ""
     measured: float = 0.0
     facts: str = ""
-    before: float = 0.0
-    began: float = 0.0
     job_began: float = 0.0
 
-    def start(self, jobs: int) -> None:
-        self.jobs, self.finished, self.before, self.began = jobs, 0, 0.0, self.now()
+    def __post_init__(self) -> None:
+        self.whole.now = self.now
+        self.whole.tallies.append(self)
+
+    def beside(self) -> Tally:
+        """That of another worker on the same jobs."""
+        return Tally(self.now, self.whole)
 
     def start_job(self, job: PlannedJob, together: int = 1) -> None:
         self.job = f"{job.label} on {job.problem}, seed {job.seed}"
@@ -54,7 +81,8 @@ class Tally:
         self.fraction, self.step, self.objective, self.seconds = 0.0, 0, math.nan, 0.0
 
     def resume(self, fraction: float, step: int) -> None:
-        self.fraction, self.step, self.before = fraction, step, self.before + fraction * self.together
+        self.fraction, self.step = fraction, step
+        self.whole.before += fraction * self.together
 
     def advance(self, fraction: float, step: int, objective: float, seconds: float) -> None:
         self.fraction, self.step, self.objective, self.seconds = fraction, step, objective, seconds
@@ -66,21 +94,11 @@ class Tally:
         self.measured, self.facts = fraction, facts
 
     def finish_job(self) -> None:
-        self.finished, self.fraction = self.finished + 1, 0.0
-
-    @property
-    def done(self) -> float:
-        """Jobs, the current ones in part."""
-        return self.finished + self.fraction * self.together
+        self.whole.finished, self.fraction, self.job = self.whole.finished + 1, 0.0, ""
 
     def job_left(self) -> str:
         """Remaining time of the current fit."""
         return clock(self.seconds * (1 - self.fraction) / self.fraction if self.fraction else math.nan)
-
-    def all_left(self) -> str:
-        """Remaining time of all jobs, by what has been done since the start."""
-        done = self.done - self.before
-        return clock((self.now() - self.began) * (self.jobs - self.done) / done if done > 0 else math.nan)
 
     def job_seconds(self) -> str:
         return clock(self.now() - self.job_began)
@@ -116,9 +134,13 @@ class PlainProgress:
 
     tally: Tally = field(default_factory=Tally)
     spoke: float = 0.0
+    lanes: dict[int, PlainProgress] = field(default_factory=dict[int, "PlainProgress"])
+
+    def lane(self, number: int) -> PlainProgress:
+        return self.lanes.setdefault(number, PlainProgress(self.tally.beside())) if number else self
 
     def started(self, jobs: int) -> None:
-        self.tally.start(jobs)
+        self.tally.whole.start(jobs)
 
     def job_started(self, job: PlannedJob, together: int = 1) -> None:
         self.tally.start_job(job, together)
@@ -131,7 +153,7 @@ class PlainProgress:
     def step(self, fraction: float, step: int, objective: float, seconds: float) -> None:
         self.tally.advance(fraction, step, objective, seconds)
         if self.tally.now() - self.spoke >= PLAIN_SECONDS:
-            self._say(f"step {step}", *self.tally.fit_facts(), f"all jobs: {self.tally.all_left()} left")
+            self._say(f"step {step}", *self.tally.fit_facts(), f"all jobs: {self.tally.whole.left()} left")
 
     def measuring(self, evaluator: str) -> None:
         self.tally.measure(evaluator)
@@ -152,20 +174,28 @@ class PlainProgress:
 
     def _say(self, *facts: str) -> None:
         self.spoke = self.tally.now()
-        place = f"[{self.tally.finished + 1}/{self.tally.jobs}]"
+        place = f"[{self.tally.whole.finished + 1}/{self.tally.whole.jobs}]"
         click.echo(f"{place} {self.tally.job}: {', '.join(facts)}", err=True)
 
 
 class LiveProgress:
-    """Two lines that are redrawn: all jobs, and the current one. What is resumed or not ok is told of above them."""
+    """A line for each worker and one for all jobs, redrawn. What is resumed or not ok is told of above them."""
 
-    def __init__(self, console: Console, tally: Tally | None = None) -> None:
+    def __init__(self, console: Console, tally: Tally | None = None, first: LiveProgress | None = None) -> None:
         self.console = console
         self.tally = tally or Tally()
-        self.live = Live(console=console, get_renderable=self.drawn, refresh_per_second=4, transient=True)
+        self.lanes: dict[int, LiveProgress] = {}
+        self.live = first.live if first else Live(
+            console=console, get_renderable=self.drawn, refresh_per_second=4, transient=True
+        )  # fmt: skip
+
+    def lane(self, number: int) -> LiveProgress:
+        if number and number not in self.lanes:
+            self.lanes[number] = LiveProgress(self.console, self.tally.beside(), self)
+        return self.lanes[number] if number else self
 
     def started(self, jobs: int) -> None:
-        self.tally.start(jobs)
+        self.tally.whole.start(jobs)
         self.live.start()
 
     def job_started(self, job: PlannedJob, together: int = 1) -> None:
@@ -185,26 +215,26 @@ class LiveProgress:
         self.tally.measure_further(fraction, facts)
 
     def job_finished(self, job: PlannedJob, status: str, reason: str) -> None:
-        self.tally.finish_job()
         if status != "ok":
             self.console.print(Text(f"{self.tally.job}: {status}: {one_line(reason)}", style="yellow"))
+        self.tally.finish_job()
 
     def finished(self) -> None:
         self.live.stop()
 
     def drawn(self) -> Table:
-        """The two lines, cut where the terminal is narrow."""
-        tally, wide = self.tally, self.console.width >= WIDE
-        overall = f"{tally.finished} of {tally.jobs} jobs, {tally.all_left()} left"
-        facts = tally.fit_facts()[: 3 if self.console.width < NARROW else None]
+        """The lines, cut where the terminal is narrow."""
+        whole, wide = self.tally.whole, self.console.width >= WIDE
         table = Table.grid(padding=(0, 2), expand=True)
         table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
         if wide:
             table.add_column(width=24)
         table.add_column(no_wrap=True, overflow="ellipsis")
-        bars = [ProgressBar(tally.jobs, tally.done), ProgressBar(1, tally.fraction)] if wide else []
-        table.add_row(Text(tally.job), *bars[1:], Text("  ".join(facts)))
-        table.add_row(Text("all jobs"), *bars[:1], Text(overall))
+        for tally in [tally for tally in whole.tallies if tally.job] or whole.tallies[:1]:
+            facts = tally.fit_facts()[: 3 if self.console.width < NARROW else None]
+            table.add_row(Text(tally.job), *([ProgressBar(1, tally.fraction)] if wide else []), Text("  ".join(facts)))
+        overall = f"{whole.finished} of {whole.jobs} jobs, {whole.left()} left"
+        table.add_row(Text("all jobs"), *([ProgressBar(whole.jobs, whole.done)] if wide else []), Text(overall))
         return table
 
 

@@ -8,7 +8,7 @@ import click
 
 from harness.cli.comparing import told_failures
 from harness.cli.parsing import StrictCommand
-from harness.cli.suite import plugin_option, stop_option
+from harness.cli.suite import jobs_option, plugin_option, stop_option
 
 if TYPE_CHECKING:
     from harness.reproduction import Reproduction
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 @click.option("--out", metavar="DIR", help="Folder of results; what it has is not done again.  [default: results/NAME]")
 @click.option("--retry", metavar="STATUSES", help="Try again what ended so: failed,diverged.")
 @stop_option
+@jobs_option
 @plugin_option
 def reproduce(
     name: str,
@@ -31,6 +32,7 @@ def reproduce(
     out: str | None,
     retry: str | None,
     stop_after: str | None,
+    jobs: str | None,
     plugin: tuple[str, ...],
 ) -> int:
     """Run an experiment of a paper; print its tables, write a report.
@@ -52,6 +54,7 @@ def reproduce(
         plugins=plugin,
         retry=statuses,
         stop_after=stop_after,
+        jobs=jobs or 1,
         progress=shown(),
     )
     return _conclude(made)

@@ -29,8 +29,10 @@ class Arguments(TypedDict, total=False):
     plugins: list[str]
     retry: list[str]
     stop_after: float | str
+    jobs: int | str
 
 
+_WHOLE = "a whole number"
 _TEXT, _TEXTS, _SEEDS = "text", "text or a list of texts", "a number, text or a list of numbers"
 _NUMBER, _FLAG = "a number or text", "true or false"
 
@@ -73,6 +75,12 @@ _KEYS = {
         "Stop at the next checkpoint after that time; the same command goes on from there.  [default: never]",
         _NUMBER,
     ),
+    "jobs": _Key(
+        "N",
+        "How many jobs at once, each in a process with its part of the cores; budgets of seconds run one at a time.  "
+        "[default: 1]",
+        _WHOLE,
+    ),
 }
 
 _SUITE_HELP = "The same options from a file, as keys; those given here override."
@@ -86,6 +94,11 @@ def plugin_option(command: Callable[..., int]) -> Callable[..., int]:
 def stop_option(command: Callable[..., int]) -> Callable[..., int]:
     key = _KEYS["stop-after"]
     return click.option("--stop-after", metavar=key.metavar, help=key.help)(command)
+
+
+def jobs_option(command: Callable[..., int]) -> Callable[..., int]:
+    key = _KEYS["jobs"]
+    return click.option("--jobs", metavar=key.metavar, help=key.help)(command)
 
 
 def comparison_options(command: Callable[..., int]) -> Callable[..., int]:
@@ -152,10 +165,10 @@ def _fits(value: object, expected: str) -> bool:
     if isinstance(value, bool) or expected == _FLAG:
         return isinstance(value, bool) and expected == _FLAG
     if isinstance(value, str):
-        return bool(value.strip())
+        return bool(value.strip()) and expected != _WHOLE
     if isinstance(value, list) and expected in (_TEXTS, _SEEDS):
         number = int if expected == _SEEDS else str
         items = cast("list[object]", value)
         return bool(items) and all(type(item) is number and item != "" for item in items)
-    numbers = {_SEEDS: int, _NUMBER: (int, float)}
+    numbers = {_SEEDS: int, _WHOLE: int, _NUMBER: (int, float)}
     return isinstance(value, numbers.get(expected, ()))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from harness.executors.executor import Boss, Executor
 from harness.executors.local import LocalExecutor
+from harness.executors.workers import WorkerProcesses
 
-__all__ = ["EXECUTORS", "LocalExecutor"]
+__all__ = ["EXECUTORS", "Boss", "Executor", "LocalExecutor", "WorkerProcesses"]
 
-EXECUTORS = {LocalExecutor.name: LocalExecutor()}
+EXECUTORS: dict[str, Executor] = {executor.name: executor for executor in (LocalExecutor(), WorkerProcesses())}

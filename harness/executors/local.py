@@ -1,20 +1,38 @@
-"""In this process, one job after another: nothing disturbs the clock, and a debugger can be attached."""
+"""In this process, one task after another: nothing disturbs the clock, and a debugger can be attached."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from functools import partial
+from typing import Any, ClassVar
 
-T = TypeVar("T")
+from harness.executors.executor import Boss, Executor, Heard, Prepare, T
+from harness.stopping import Stop
 
 
 @dataclass(frozen=True)
-class LocalExecutor:
+class LocalExecutor(Executor):
     """Runs jobs in this process, one after another."""
 
     name: ClassVar[str] = "local"
 
-    def run(self, work: Callable[[T], None], tasks: Iterable[T]) -> None:
+    def run(
+        self, prepare: Prepare[T], tasks: Iterable[T], heard: Heard, died: Callable[[T, str], None], stop: Stop
+    ) -> None:
+        work = prepare(_Here(partial(heard, 0), stop))
         for task in tasks:
             work(task)
+
+
+@dataclass(frozen=True)
+class _Here(Boss):
+    heard: Callable[..., None]
+    of_run: Stop
+
+    @property
+    def stop(self) -> Stop:
+        return self.of_run
+
+    def tell(self, event: str, *facts: Any) -> None:
+        self.heard(event, *facts)

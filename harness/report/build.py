@@ -147,6 +147,7 @@ def _row(label: str, rows: Sequence[Row], values: ValuesOf) -> MethodRow:
         steps_per_second=_timing(timed, "steps_per_second"),
         issues=_issues(label, rows),
         together=sorted({row["fit_seconds"] for row in by_seed.values() if row["shared_clock"] and row["fit_seconds"]}),
+        untimed=[seed for seed in jobs if not by_seed[seed]["timing_valid"] and not by_seed[seed]["shared_clock"]],
         evidence=evidence,
         certificates=trust.certificates(rows),
         agreements=trust.agreements(evidence, jobs, values),

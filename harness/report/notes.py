@@ -63,8 +63,16 @@ def notes(table: Table) -> list[str]:
             for row in table.rows
             if row.together
         ),
+        *untimed_note(table.rows),
         *([f"left out: older fits of the same runs ({table.left_out})"] if table.left_out else []),
     ]
+
+
+def untimed_note(rows: Sequence[MethodRow]) -> list[str]:
+    """Whose seconds are not shown, and why; one line, or none."""
+    disturbed = [f"{one_line(row.label)} ({seed_list(row.untimed)})" for row in rows if row.untimed]
+    why = "others ran beside their fits, or these went on under other conditions"
+    return [f"no seconds of {', '.join(disturbed)}: {why}"] if disturbed else []
 
 
 def issues(rows: Sequence[MethodRow]) -> list[tuple[Issue, str]]:

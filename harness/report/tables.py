@@ -104,6 +104,7 @@ class MethodRow:
         jobs: Job of each seed that ended well.
         estimates: Every metric by every evaluator; ``shown`` are those in the table's columns.
         together: Seconds of each batched program that fitted some of the seeds, and others, on one clock.
+        untimed: Seeds whose fit ended well, but was disturbed: others ran beside it, or it went on elsewhere.
         difference: Paired log-likelihood less that of the table's first row; None for that row and where unknown.
         exceeds: Seeds whose ELBO is above log p(x) by more than the combined error.
         best: Ahead of every other row beyond the noise and the certificates' gaps.
@@ -127,6 +128,7 @@ class MethodRow:
     steps_per_second: Spread | None
     issues: Sequence[Issue]
     together: Sequence[float] = ()
+    untimed: Sequence[int] = ()
     difference: Difference | None = None
     exceeds: Sequence[int] = ()
     best: bool = False

@@ -35,47 +35,47 @@ def test_clock(seconds: float, text: str) -> None:
 def test_remaining_times_are_those_of_steady_work() -> None:
     time = Time()
     tally = Tally(time)
-    tally.start(4)
-    assert tally.all_left() == "?"
+    tally.whole.start(4)
+    assert tally.whole.left() == "?"
     time.now = 60.0
     tally.start_job(JOB)
     tally.finish_job()  # one of four in a minute
-    assert tally.all_left() == "3:00"
+    assert tally.whole.left() == "3:00"
     tally.start_job(JOB)
     assert tally.job_left() == "?"
     tally.advance(0.25, 100, -1.5, 10.0)
     assert tally.job_left() == "0:30"
     time.now = 75.0
-    assert tally.all_left() == "2:45"
+    assert tally.whole.left() == "2:45"
     assert tally.fit_facts() == ["25%", "objective -1.500", "0:30 left", "10 steps/s"]
 
 
 def test_remaining_times_do_not_count_what_earlier_runs_have_done() -> None:
     time = Time()
     tally = Tally(time)
-    tally.start(2)
+    tally.whole.start(2)
     tally.start_job(JOB)
     tally.resume(0.5, 2000)
     assert tally.fit_facts() == ["starting"]
-    assert tally.all_left() == "?"
+    assert tally.whole.left() == "?"
     time.now = 10.0
     tally.advance(0.75, 3000, -1.5, 30.0)  # a quarter of a job in ten seconds
-    assert (tally.job_left(), tally.all_left()) == ("0:10", "0:50")
+    assert (tally.job_left(), tally.whole.left()) == ("0:10", "0:50")
     tally.finish_job()
     tally.start_job(JOB)
     time.now = 20.0
-    assert tally.all_left() == "0:40"
+    assert tally.whole.left() == "0:40"
 
 
 def test_jobs_that_are_fitted_together_count_as_so_many() -> None:
     time = Time()
     tally = Tally(time)
-    tally.start(8)
+    tally.whole.start(8)
     tally.start_job(JOB, 4)
     time.now = 10.0
     tally.advance(0.5, 100, -1.5, 10.0)  # half of four jobs
     assert tally.job.endswith(", seed 1 and 3 more at once")
-    assert tally.all_left() == "0:30"
+    assert tally.whole.left() == "0:30"
     tally.start_job(JOB)
     assert tally.job.endswith(", seed 1")
 
@@ -135,7 +135,7 @@ def test_plain_lines_tell_of_long_measuring_now_and_then(capsys: pytest.CaptureF
 def test_the_live_line_shows_how_far_measuring_is(width: int) -> None:
     screen = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
     progress = LiveProgress(screen, Tally(Time()))
-    progress.tally.start(1)
+    progress.tally.whole.start(1)
     progress.job_started(JOB)
     progress.step(1.0, 5000, -23.4, 10.0)
 
@@ -160,7 +160,7 @@ def test_the_live_line_shows_how_far_measuring_is(width: int) -> None:
 def test_live_lines_fit_the_terminal_and_keep_the_essentials(width: int) -> None:
     screen = Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None)
     progress = LiveProgress(screen, Tally(Time()))
-    progress.tally.start(12)
+    progress.tally.whole.start(12)
     progress.job_started(JOB)
     progress.step(0.5, 2000, -23.4512, 10.0)
     with screen.capture() as capture:

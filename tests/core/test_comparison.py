@@ -80,7 +80,7 @@ def test_adding_a_method_changes_no_other_result_by_a_bit(tmp_path: Path) -> Non
 def test_what_is_done_is_not_done_again_whatever_the_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = harness.compare(METHODS, out=tmp_path, **SMALL)
     for step in ("fit_jobs", "measure_job"):
-        monkeypatch.setattr(f"harness.comparison.{step}", lambda *a, **k: pytest.fail("a finished job was run again"))
+        monkeypatch.setattr(f"harness.working.{step}", lambda *a, **k: pytest.fail("a finished job was run again"))
     again = harness.compare("vae,avb[noise_dim=4]", out=tmp_path, **SMALL)
     pd.testing.assert_frame_equal(results(first), results(again))
     assert all(job.done for job in plan(METHODS, out=tmp_path, **SMALL))

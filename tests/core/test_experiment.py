@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from harness.equal_budgets import EqualBudgets, Speed
 from harness.experiment import (
     Column,
     Contents,
@@ -80,6 +81,55 @@ def test_failed_fits_and_disturbed_clocks_give_no_seconds() -> None:
     assert seconds_budget(both) == "seconds=6.5"
     assert seconds_budget(both.assign(timing_valid=both["run"].eq("vae"))) == ""
     assert seconds_budget(found[found["status"] == "failed"]) == ""
+
+
+def test_the_budget_in_seconds_of_so_many_steps_is_by_the_speed_of_others() -> None:
+    found = records(("avb", 0, "ok", 10.0, 0), ("avb", 1, "ok", 10.0, 0), ("vae", 0, "ok", 4.0, 0))
+    steps = {("avb", 0): 500, ("avb", 1): 250, ("vae", 0): 800}
+    found["fit_steps"] = [steps[run, seed] for run, seed in zip(found["run"], found["seed"], strict=True)]
+    # 1000 steps take 20, 40 and 5 seconds
+    assert seconds_budget(found, 1000) == "seconds=17.5"
+    assert seconds_budget(found) == "seconds=7"
+
+
+# Equal budgets
+
+
+def budgets(**changed: Any) -> EqualBudgets:
+    given: dict[str, Any] = {
+        "name": "toy", "title": "Toy", "labels": {"avb": "AVB", "vae": "VAE"}, "problem": "four-points",
+        "settings": {"avb": "avb", "vae": "vae"}, "evaluators": "exact", "budget": "steps=100",
+        "columns": [Column(heading="log p(x)", metrics=("log_likelihood",))],
+    }  # fmt: skip
+    return EqualBudgets(**given | changed)
+
+
+def run_of(suite: Suite, seconds: dict[str, float], steps: dict[str, int], valid: bool = True) -> pd.DataFrame:
+    found = records(*((run, 0, "ok", seconds[run], 0.0) for run in suite.methods))
+    return found.assign(fit_steps=[steps[run] for run in found["run"]], timing_valid=valid)
+
+
+def test_seconds_are_those_of_the_fits_at_equal_steps() -> None:
+    [steps] = budgets().suites({})
+    done = {steps.name: run_of(steps, {"avb": 9, "vae": 3}, {"avb": 100, "vae": 100})}
+    [_, seconds] = budgets(most_timed_seeds=1).suites(done)
+    assert (seconds.name, seconds.budget, seconds.most_seeds) == ("toy-equal-seconds", "seconds=6", 1)
+    disturbed = {steps.name: run_of(steps, {"avb": 9, "vae": 3}, {"avb": 100, "vae": 100}, valid=False)}
+    assert budgets().suites(disturbed) == [steps]
+
+
+def test_seconds_may_be_known_from_short_fits_while_others_run_beside_each_other() -> None:
+    speed = Speed(steps=100, seconds=2, seed=7, evaluators="elbo")
+    asked = budgets(speed=speed)
+    [steps, short] = asked.suites({})
+    assert (short.budget, short.seeds, short.evaluators) == ("seconds=2", (7,), "elbo")
+    done = {steps.name: run_of(steps, {"avb": 99, "vae": 99}, {"avb": 100, "vae": 100}, valid=False)}
+    assert asked.suites(done) == [steps, short]
+    done[short.name] = run_of(short, {"avb": 2, "vae": 2}, {"avb": 10, "vae": 40})
+    [*_, seconds] = asked.suites(done)
+    assert seconds.budget == "seconds=12.5"  # the mean of 20 and 5
+    assert "100 steps" in speed.remark
+    assert "fits of 2 seconds" in speed.remark
 
 
 # Trials

@@ -1,0 +1,55 @@
+"""What an executor is: it has tasks worked on, somewhere, and passes on what is told of the work."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from harness.stopping import Stop
+
+T = TypeVar("T")
+Task = TypeVar("Task", contravariant=True)
+
+Heard = Callable[..., None]
+"""Told the number of the worker (0, 1, ...), an event's name and its facts."""
+
+
+class Boss(Protocol):
+    """Whom work is done for, as those see it who do it."""
+
+    @property
+    def stop(self) -> Stop:
+        """When to end before the work is done."""
+        ...
+
+    def tell(self, event: str, *facts: Any) -> None:
+        """Say how the work goes on."""
+        ...
+
+
+class Prepare(Protocol[Task]):
+    """Called once wherever there is to be work, before the first task; gives what is called with each task."""
+
+    def __call__(self, boss: Boss, /) -> Callable[[Task], None]: ...
+
+
+class Executor(ABC):
+    """A place where tasks are worked on."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def run(
+        self, prepare: Prepare[T], tasks: Iterable[T], heard: Heard, died: Callable[[T, str], None], stop: Stop
+    ) -> None:
+        """Have every task worked on.
+
+        Args:
+            heard: Told what the work tells its boss; called in this thread.
+            died: Told of a task whose worker process has died, and how; the other tasks go on.
+
+        Raises:
+            UserError: If the work cannot be sent to where it is to be done.
+            Stopped: If the run has ended before its work was done.
+        """

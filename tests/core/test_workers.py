@@ -1,0 +1,273 @@
+"""Several jobs at once, in worker processes: the same results, and what becomes of those that die or are stopped."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import psutil
+import pytest
+import torch
+
+import harness
+from harness.comparison import Silent, plan
+from harness.executors import WorkerProcesses
+from harness.options import UserError
+from harness.planning import PlannedJob
+from harness.record import TIMING_COLUMNS
+from harness.stopping import Stop, Stopped
+from harness.store import Store
+from harness_plugins.vae import VAE
+
+SMALL: dict[str, Any] = {
+    "problems": "four-points", "seeds": 2, "budget": "steps=30", "evaluators": "exact,reconstruction"
+}  # fmt: skip
+METHODS = "avb[noise_dim=4],vae"
+HARNESS = [sys.executable, "-c", "import sys; from harness.cli import main; sys.exit(main())"]
+
+BAD = """
+import os, signal, warnings
+from dataclasses import dataclass
+from harness import hookimpl
+from harness.evaluator import Evaluator
+from harness_plugins.vae import VAE
+
+@dataclass(frozen=True, kw_only=True)
+class Dying(VAE):
+    '''Dies in its fit, by the signal of that number; with 0 it leaves with exit code 7.'''
+    name: str = "dying"
+    by: int = 9
+    def fit(self, view, run):
+        os.kill(os.getpid(), self.by) if self.by else os._exit(7)
+
+@dataclass(frozen=True, kw_only=True)
+class Raising(VAE):
+    '''Raises in its fit, after a warning.'''
+    name: str = "raising"
+    def fit(self, view, run):
+        warnings.warn("said in a worker")
+        raise ValueError("no such luck")
+
+@dataclass(frozen=True, kw_only=True)
+class Deadly(Evaluator):
+    '''Dies while it measures.'''
+    name: str = "deadly"
+    def measure(self, fit, problem, run):
+        os._exit(3)
+
+@hookimpl
+def harness_methods():
+    return [Dying(), Raising()]
+
+@hookimpl
+def harness_evaluators():
+    return [Deadly()]
+
+@hookimpl
+def harness_job_finished(job, outcome):
+    if path := os.environ.get("NOTES"):
+        with open(path, "a") as file:
+            print(os.getpid(), job.method.name, outcome.status, file=file)
+"""
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> Path:
+    path = tmp_path / "bad.py"
+    path.write_text(BAD)
+    return path
+
+
+def results(records: pd.DataFrame) -> pd.DataFrame:
+    """What must be the same wherever the jobs are done."""
+    same = records.drop(columns=[*TIMING_COLUMNS, "run_id", "timing_valid", "threads"])
+    return same.sort_values(["job_id", "evaluator", "metric"]).reset_index(drop=True)
+
+
+def test_the_results_are_those_of_one_after_another(tmp_path: Path) -> None:
+    serial = harness.compare(METHODS, out=tmp_path / "serial", **SMALL)
+    beside = harness.compare(METHODS, out=tmp_path / "beside", jobs=2, **SMALL)
+    pd.testing.assert_frame_equal(results(serial), results(beside))
+    assert serial["timing_valid"].all()
+    assert not beside["timing_valid"].any()
+    assert (beside["threads"] == max(1, (os.cpu_count() or 1) // 2)).all()
+    assert all(job.done for job in plan(METHODS, out=tmp_path / "beside", jobs=2, **SMALL))
+    for job_id in beside["job_id"].unique():
+        first, second = (Store(tmp_path / name).state(job_id) for name in ("serial", "beside"))
+        assert all((first[name] == second[name]).all() for name in first)
+
+
+def test_seeds_at_once_are_one_task_of_a_worker(tmp_path: Path) -> None:
+    alone = harness.compare(METHODS, out=tmp_path / "alone", vectorize_seeds=True, **SMALL)
+    beside = harness.compare(METHODS, out=tmp_path / "beside", vectorize_seeds=True, jobs=2, **SMALL)
+    pd.testing.assert_frame_equal(results(alone), results(beside))
+    assert beside["shared_clock"].all()
+
+
+def test_budgets_of_seconds_have_the_clock_to_themselves(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    records = harness.compare("vae", out=tmp_path, jobs=2, **{**SMALL, "budget": "seconds=0.05"})
+    assert records["timing_valid"].all()
+    assert (records["threads"] == max(1, (os.cpu_count() or 1) // 2)).all()
+    assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize(("by", "end"), [(signal.SIGKILL, "killed by SIGKILL"), (signal.SIGSEGV, "SIGSEGV"), (0, "7")])
+def test_a_worker_that_dies_costs_only_its_job(tmp_path: Path, bad: Path, by: int, end: str) -> None:
+    given = {**SMALL, "jobs": 2, "plugins": [bad]}
+    records = harness.compare(f"dying[by={int(by)}],vae", out=tmp_path, **given)
+    dead, well = records[records["method"] == "dying"], records[records["method"] == "vae"]
+    assert list(dead["status"]) == ["killed"] * 2
+    assert dead["reason"].str.contains(end).all()
+    assert set(well["status"]) == {"ok"}
+    alone = harness.compare("vae", out=tmp_path / "alone", **SMALL)
+    pd.testing.assert_frame_equal(results(alone), results(well), check_dtype=False)  # dead jobs have no numbers
+    again = harness.compare(f"dying[by={int(by)}],vae", out=tmp_path, **given)
+    assert list(again["started_at"]) == list(records["started_at"]), "what has ended is not tried again unasked"
+    retried = plan(f"dying[by={int(by)}]", out=tmp_path, retry=["killed"], **given)
+    assert not any(job.done for job in retried)
+
+
+def test_a_worker_that_dies_while_it_measures_loses_no_fit(tmp_path: Path, bad: Path) -> None:
+    given = {**SMALL, "evaluators": "exact,deadly", "plugins": [bad]}
+    records = harness.compare("vae", out=tmp_path, jobs=2, **given)
+    by = records.groupby("evaluator")["status"].unique().map(list).to_dict()
+    assert by == {"exact": ["ok"], "deadly": ["killed"]}
+    assert len(records) == 2 * 3  # log p(x) and the KL, and what died
+    assert {store["status"] for store in map(Store(tmp_path).job, records["job_id"]) if store} == {"ok"}
+
+
+def test_what_a_method_raises_and_says_arrives(tmp_path: Path, bad: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, "harness"):
+        records = harness.compare("raising,vae", out=tmp_path, jobs=2, plugins=[bad], **SMALL)
+    failed = records[records["method"] == "raising"]
+    assert list(failed["reason"]) == ["ValueError: no such luck"] * 2
+    assert "said in a worker" in caplog.text
+    assert list(tmp_path.glob("jobs/*.traceback.txt"))
+
+
+def test_plugins_and_progress_are_told_in_this_process(
+    tmp_path: Path, bad: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
+    said: list[tuple[str, ...]] = []
+
+    class Told(Silent):
+        def job_started(self, job: PlannedJob, together: int = 1) -> None:
+            said.append(("started", job.method, str(job.seed)))
+
+        def measuring(self, evaluator: str) -> None:
+            said.append(("measuring", evaluator))
+
+        def job_finished(self, job: PlannedJob, status: str, reason: str) -> None:
+            said.append(("finished", job.method, str(job.seed), status))
+
+    harness.compare("dying,vae", out=tmp_path / "out", jobs=2, plugins=[bad], progress=Told(), **SMALL)
+    notes = sorted((tmp_path / "notes").read_text().splitlines())
+    assert notes == sorted(f"{os.getpid()} {line}" for line in ["dying killed"] * 2 + ["vae ok"] * 2)
+    assert sorted(said) == sorted(
+        [("started", method, seed) for method in ("dying", "vae") for seed in "01"]
+        + [("measuring", evaluator) for evaluator in ("exact", "reconstruction") for _ in "01"]
+        + [("finished", "dying", seed, "killed") for seed in "01"]
+        + [("finished", "vae", seed, "ok") for seed in "01"]
+    )
+
+
+def test_a_run_that_is_out_of_time_goes_on_where_it_was(tmp_path: Path) -> None:
+    given = {**SMALL, "budget": "steps=300"}
+    with pytest.raises(Stopped, match=r"stopped after 0\.5 seconds"):
+        harness.compare(METHODS, out=tmp_path / "parts", jobs=2, stop_after=0.5, **given)
+    assert not any(job.done for job in plan(METHODS, out=tmp_path / "parts", **given))
+    whole = harness.compare(METHODS, out=tmp_path / "whole", **given)
+    parts = harness.compare(METHODS, out=tmp_path / "parts", jobs=2, **given)
+    pd.testing.assert_frame_equal(results(whole), results(parts))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_running_when_the_command_ends(tmp_path: Path, number: int) -> None:
+    """An interrupt keeps what the fits have come to; so do the workers of a command that was killed."""
+    words = ["compare", "--methods", METHODS, "--problems", "four-points", "--seeds", "1", "--jobs", "2"]
+    words += ["--budget", "steps=1000000", "--evaluators", "exact", "--out", str(tmp_path)]
+    process = subprocess.Popen([*HARNESS, *words], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    workers: list[psutil.Process] = []
+    try:
+        for line in process.stderr:
+            if ": step " in line:
+                break
+        workers = psutil.Process(process.pid).children(recursive=True)
+        assert len(workers) >= 2
+        began = time.monotonic()
+        process.send_signal(number)
+        said = process.stderr.read() if number != signal.SIGKILL else ""
+        code = process.wait(10)
+        _, alive = psutil.wait_procs(workers, timeout=10)
+        assert not alive
+        assert time.monotonic() - began < 10
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        for worker in workers:
+            if worker.is_running():
+                worker.kill()
+    assert code == (-signal.SIGKILL if number == signal.SIGKILL else 130)
+    assert "Traceback" not in said
+    steps = [job.step for job in plan(METHODS, out=tmp_path, seeds=1, budget="steps=1000000",
+                                      problems="four-points", evaluators="exact")]  # fmt: skip
+    assert all(step > 0 for step in steps), steps
+
+
+def test_objects_that_cannot_be_sent_are_refused(tmp_path: Path) -> None:
+    class Mine(VAE):
+        """Known in this function only."""
+
+    with pytest.raises(UserError, match="jobs=1"):
+        harness.compare(Mine(), out=tmp_path, jobs=2, **SMALL)
+    assert len(harness.compare(VAE(lr=0.01), out=tmp_path, jobs=2, **SMALL)) == 2 * 3
+
+
+@pytest.mark.parametrize("jobs", [0, -1, "two", "", 1.5, None, True])
+def test_numbers_of_jobs_that_make_no_sense(tmp_path: Path, jobs: Any) -> None:
+    with pytest.raises(UserError, match="positive whole number"):
+        harness.compare("vae", out=tmp_path, jobs=jobs, **SMALL)
+
+
+def _unready(boss: Any) -> Any:
+    raise LookupError("not today")
+
+
+def test_an_error_of_the_preparation_ends_the_run() -> None:
+    heard: list[Any] = []
+    with pytest.raises(LookupError, match="not today"):
+        WorkerProcesses(2).run(_unready, range(5), heard.append, lambda task, end: heard.append(end), Stop())
+    assert not heard
+
+
+SCRIPT = """
+import harness
+records = harness.compare("vae", "four-points", 2, budget="steps=20", evaluators="exact", jobs=2, out={out!r})
+print(len(records))
+"""
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_script_of_the_user(tmp_path: Path, guarded: bool) -> None:
+    """Worker processes import the script; without the usual guard that is an endless regress, and Python says so."""
+    body = SCRIPT.format(out=str(tmp_path / "out"))
+    path = tmp_path / "script.py"
+    path.write_text(f"if __name__ == '__main__':\n{textwrap.indent(body, '    ')}" if guarded else body)
+    ran = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=60)
+    if guarded:
+        assert (ran.returncode, ran.stdout.strip()) == (0, "4")
+    else:
+        assert ran.returncode
+        assert "__main__" in ran.stderr
