@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pandas as pd
+import torch
 
 from harness import environment
+from harness.audience import Audience, Progress, Silent
 from harness.bundling import Task, bundles
 from harness.evaluator import Evaluator
 from harness.executors import LocalExecutor, WorkerProcesses
+from harness.executors.workers import sent
 from harness.job import Job
 from harness.method import Fit, Method
 from harness.options import UserError, parse_seconds, unknown
@@ -32,48 +34,15 @@ from harness.planning import (
 )
 from harness.problem import DeviceData, Problem, placed
 from harness.registry import Registry
-from harness.running import JobOutcome, fit_in_memory, restored
+from harness.running import fit_in_memory, restored
 from harness.stopping import Stop
 from harness.store import Store
-from harness.working import Bundle, Work, WorkElsewhere, died, machine, threads_each, threads_limited
+from harness.working import Bundle, Deaths, Work, WorkElsewhere, machine, threads_each, threads_limited
 
 log = logging.getLogger(__name__)
 
 DEFAULT_PROBLEMS = ("four-points", "digits")
 DEFAULT_OUT = "results/local"
-
-
-class Progress(Protocol):
-    """What is told of the work while it goes on."""
-
-    def started(self, jobs: int) -> None: ...
-    def job_started(self, job: PlannedJob, together: int = 1) -> None: ...
-    def resumed(self, fraction: float, step: int) -> None: ...
-    def step(self, fraction: float, step: int, objective: float, seconds: float) -> None: ...
-    def measuring(self, evaluator: str) -> None: ...
-    def measured(self, fraction: float, facts: str) -> None: ...
-    def job_finished(self, job: PlannedJob, status: str, reason: str) -> None: ...
-    def finished(self) -> None: ...
-
-    def lane(self, number: int) -> Progress:
-        """That of one worker of several; the first is this one itself."""
-        ...
-
-
-class Silent:
-    """Progress that is not shown."""
-
-    def started(self, jobs: int) -> None: ...
-    def job_started(self, job: PlannedJob, together: int = 1) -> None: ...
-    def resumed(self, fraction: float, step: int) -> None: ...
-    def step(self, fraction: float, step: int, objective: float, seconds: float) -> None: ...
-    def measuring(self, evaluator: str) -> None: ...
-    def measured(self, fraction: float, facts: str) -> None: ...
-    def job_finished(self, job: PlannedJob, status: str, reason: str) -> None: ...
-    def finished(self) -> None: ...
-
-    def lane(self, number: int) -> Progress:
-        return self
 
 
 def compare(
@@ -121,11 +90,11 @@ def compare(
     """
     stop, workers = stopping(stop_after), parse_jobs(jobs)
     asked = {
-        "methods": methods,
-        "problems": problems,
+        "methods": _kept(methods),
+        "problems": _kept(problems),
         "seeds": seeds,
         "budget": budget,
-        "evaluators": evaluators,
+        "evaluators": _kept(evaluators),
         "device": device,
         "precision": precision,
         "plugins": tuple(plugins),
@@ -134,6 +103,8 @@ def compare(
     }
     comparison = resolve(**asked)
     elsewhere = WorkElsewhere(asked, Path(out), threads_each(workers), workers) if workers > 1 else None
+    if elsewhere:
+        sent(elsewhere)
     return _execute(comparison, Store.create(out), progress or Silent(), stop, elsewhere)
 
 
@@ -247,6 +218,11 @@ def _one(items: Sequence[Any], what: str) -> Any:
 # Execution
 
 
+def _kept(selection: Any) -> Any:
+    """A selection that can be read twice."""
+    return selection if isinstance(selection, str) or not isinstance(selection, Iterable) else tuple(selection)
+
+
 def _execute(
     comparison: Comparison,
     store: Store,
@@ -263,58 +239,26 @@ def _execute(
     if not tasks:
         return _of(comparison, store.records() if store.is_derived() else store.derive())
     store.write_text("environment.json", json.dumps({**environment.versions(), **machine(comparison)}, indent=1))
-    audience = _Audience(comparison, {task.entry.job_id: task.entry for task in tasks}, progress)
-    waiting = bundles(tasks)
-    beside = [bundle for bundle in waiting if elsewhere and bundle[0].job.budget.unit != "seconds"]
-    alone = [bundle for bundle in waiting if bundle not in beside]
+    audience = Audience(comparison.registry, {task.entry.job_id: task for task in tasks}, progress)
+    deaths = Deaths(comparison, store, elsewhere.threads if elsewhere else torch.get_num_threads(), audience.lost)
 
-    def lost(bundle: Bundle, reason: str) -> None:
-        for job_id, outcome in died(comparison, store, bundle, reason):
-            audience.heard(0, "job_finished", job_id, outcome.status, outcome.reason)
+    def died(worker: int, bundle: Bundle, end: str) -> list[Bundle]:
+        return deaths.of(bundle, *audience.left(worker, bundle), end)
 
+    beside, alone = list[Bundle](), list[Bundle]()
+    for bundle in bundles(tasks):
+        timed = bundle[0].job.budget.unit == "seconds"
+        (alone if timed or not elsewhere else beside).append(Bundle(tuple(task.job.job_id for task in bundle)))
     progress.started(len(tasks))
     try:
         if elsewhere and beside:
-            WorkerProcesses(elsewhere.beside).run(elsewhere, _ids(beside), audience.heard, lost, stop)
+            WorkerProcesses(elsewhere.beside).run(elsewhere, beside, audience.heard, died, stop)
         with threads_limited(elsewhere.threads) if elsewhere else nullcontext():
-            LocalExecutor().run(partial(Work, comparison, store), _ids(alone), audience.heard, lost, stop)
+            LocalExecutor().run(partial(Work, comparison, store), alone, audience.heard, died, stop)
     finally:
         progress.finished()
         records = store.derive()
     return _of(comparison, records)
-
-
-def _ids(waiting: Iterable[Sequence[Task]]) -> list[Bundle]:
-    return [[task.job.job_id for task in bundle] for bundle in waiting]
-
-
-@dataclass(frozen=True)
-class _Audience:
-    """Those who want to know how the work goes: the user, and plugins."""
-
-    comparison: Comparison
-    entries: Mapping[str, PlannedJob]
-    progress: Progress
-
-    def heard(self, worker: int, event: str, *facts: Any) -> None:
-        """What `harness.working.Work` tells."""
-        lane = self.progress.lane(worker)
-        match event, facts:
-            case "bundle_started", [bundle]:
-                lane.job_started(self.entries[bundle[0]], len(bundle))
-                for job_id in bundle:
-                    self._notify("harness_job_started", job_id)
-            case "job_started", [job_id]:
-                lane.job_started(self.entries[job_id])
-            case "job_finished", [job_id, status, reason]:
-                lane.job_finished(self.entries[job_id], status, reason)
-                self._notify("harness_job_finished", job_id, outcome=JobOutcome(status, reason))
-            case _:
-                getattr(lane, event)(*facts)
-
-    def _notify(self, hook: str, job_id: str, **facts: Any) -> None:
-        job = next(job for job in self.comparison.jobs if job.job_id == job_id)
-        self.comparison.registry.notify(hook, job=job, **facts)
 
 
 def parse_jobs(jobs: int | str) -> int:

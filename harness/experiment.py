@@ -233,7 +233,7 @@ def seconds_budget(records: pd.DataFrame, steps: int = 0) -> str:
         steps: Of a fit of that many steps, at the speed of these; as many as it had, unless given.
     """
     ended = records[records["status"] == "ok"].drop_duplicates("job_id")
-    if ended.empty or not ended["timing_valid"].eq(True).all():
+    if ended.empty or not ended["timing_valid"].eq(True).all() or (steps and not ended["fit_steps"].gt(0).all()):
         return ""
     seconds = ended["fit_seconds"] * (steps / ended["fit_steps"] if steps else 1.0)
     mean = seconds.groupby(ended["run"]).mean().mean()

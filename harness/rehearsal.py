@@ -16,10 +16,11 @@ MOST_SUITES = 100
 METRICS = ("log_likelihood", "elbo", "kl_to_posterior")
 
 
-def rehearse(experiment: Experiment, scale: Scale, status: str = "ok") -> Iterator[list[Suite]]:
+def rehearse(experiment: Experiment, scale: Scale, status: str = "ok", beside: bool = False) -> Iterator[list[Suite]]:
     """The suites that can be named at first and after each suite, until all have been "run".
 
     Args:
+        beside: Whether fits run beside each other, so that only those with a budget of seconds have a valid time.
         status: How every fit ends. The budget of a suite that depends on such results means nothing.
 
     Raises:
@@ -32,11 +33,11 @@ def rehearse(experiment: Experiment, scale: Scale, status: str = "ok") -> Iterat
         following = next((suite for suite in suites if suite.name not in done), None)
         if following is None:
             return
-        done[following.name] = _records(following, status)
+        done[following.name] = _records(following, status, not beside or following.budget.startswith("seconds="))
     raise UserError(f"experiment {experiment.name!r} has more than {MOST_SUITES} suites; does it end?")
 
 
-def _records(suite: Suite, status: str) -> pd.DataFrame:
+def _records(suite: Suite, status: str, valid: bool) -> pd.DataFrame:
     """Records as of two seeds, one measurement of each metric; without numbers where fits have not ended well."""
     ok = status == "ok"
     rows = [
@@ -44,7 +45,7 @@ def _records(suite: Suite, status: str) -> pd.DataFrame:
             "suite": suite.name, "run": run, "job_id": f"{run}, seed {seed}", "seed": seed, "status": status,
             "evaluator": "exact" if ok else None, "metric": metric if ok else None,
             "value": -1.0 - i if ok else None, "fit_seconds": SECONDS if ok else None,
-            "fit_steps": STEPS if ok else None, "timing_valid": True,
+            "fit_steps": STEPS if ok else None, "timing_valid": valid,
         }
         for i, run in enumerate(suite.methods)
         for seed in SEEDS

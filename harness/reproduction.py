@@ -13,7 +13,8 @@ from typing import Any, get_args
 import pandas as pd
 
 from harness import environment
-from harness.comparison import Progress, compare, parse_jobs, plan, stopping
+from harness.audience import Progress
+from harness.comparison import compare, parse_jobs, plan, stopping
 from harness.experiment import Experiment, Scale, Suite
 from harness.options import UserError, parse_seeds, seeds_text, unknown
 from harness.planning import select
@@ -108,6 +109,9 @@ def run(
     folder = Path(out) if out is not None else Path("results") / _folder(chosen.label, at)
     common = {"device": device, "plugins": plugins, "retry": retry, "jobs": parse_jobs(jobs)}
     *_, suites = rehearse(chosen, at)
+    *_, beside = rehearse(chosen, at, beside=common["jobs"] > 1)
+    if untimed := [suite.name for suite in suites if suite not in beside]:
+        raise UserError(f"{', '.join(untimed)}: the seconds of fits are needed that run one at a time; use jobs=1")
     for suite in suites:  # mistakes are told of before anything is run, in later suites too
         _check_apart(suite, numbers)
         plan(**_arguments(suite, numbers, folder), **common)

@@ -160,7 +160,7 @@ def measure_job(
     evaluators: Sequence[Evaluator],
     fit: Fit | None,
     store: Store,
-    on_measuring: Callable[[str], None] = lambda name: None,
+    on_measuring: Callable[[Evaluator], None] = lambda by: None,
     on_measured: OnMeasured = lambda fraction, facts: None,
     stop: Stop | None = None,
 ) -> JobOutcome:
@@ -179,7 +179,7 @@ def measure_job(
     for number, by in enumerate(evaluators):
         if number or fit is not None:  # a run gets something done, however short its time
             stop.obey()
-        on_measuring(by.name)
+        on_measuring(by)
         measured = _measure_and_store(job, by, the_fit, run, store)
         outcome = measured if measured.status == "failed" else outcome
     return outcome
@@ -214,11 +214,11 @@ def _measure_and_store(job: Job, by: Evaluator, fit: Callable[[], Fit], run: Eva
     except (Exception, SystemExit) as error:  # an evaluator may fail in any way; the other evaluators go on
         outcome = JobOutcome("failed", f"{type(error).__name__}: {error}")
         store.write_text(f"measurements/{job.job_id}/{name}.traceback.txt", traceback.format_exc())
-    _store_measured(job, by, outcome, store, rows, examples, clock.seconds.get("measure"))
+    store_measured(job, by, outcome, store, rows, examples, clock.seconds.get("measure"))
     return outcome
 
 
-def _store_measured(
+def store_measured(
     job: Job,
     by: Evaluator,
     outcome: JobOutcome,
@@ -227,6 +227,7 @@ def _store_measured(
     examples: Mapping[str, np.ndarray] | None = None,
     seconds: float | None = None,
 ) -> None:
+    """Store what an evaluator has said of a job, or how it has ended."""
     common = {
         "evaluator": by.label,
         "status": outcome.status,
@@ -237,15 +238,11 @@ def _store_measured(
     store.write_measured(job.job_id, evaluator_file(by), facts, examples or {})
 
 
-def store_end(
-    job: Job, evaluators: Sequence[Evaluator], outcome: JobOutcome, store: Store, environment: Mapping[str, Any]
-) -> None:
-    """Store how a job ended that cannot do so itself: in its fit, or else while these evaluators were to measure it."""
-    if not evaluators:
-        facts = {**job.facts(), **environment, "status": outcome.status, "reason": outcome.reason}
-        store.write_job(job.job_id, {**facts, "started_at": datetime.now(UTC).isoformat(timespec="seconds")})
-    for by in evaluators:
-        _store_measured(job, by, outcome, store)
+def store_end(job: Job, outcome: JobOutcome, store: Store, environment: Mapping[str, Any]) -> None:
+    """Store how a job's fit ended that cannot do so itself."""
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    facts = {**environment, "started_at": now, "status": outcome.status, "reason": outcome.reason}
+    store.write_job(job.job_id, {**job.facts(), **facts})
 
 
 def _measure(job: Job, by: Evaluator, fit: Fit, run: EvaluationRun, clock: Clock) -> list[Measurement]:

@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -22,12 +22,10 @@ class Stop:
 
     Args:
         after: Seconds from now on.
-        told: Whether somebody else has asked for it.
     """
 
-    def __init__(self, after: float = math.inf, told: Callable[[], bool] = lambda: False) -> None:
+    def __init__(self, after: float = math.inf) -> None:
         self.after = after
-        self._told = told
         self.signal: int | None = None
         self._end = time.monotonic() + after
         self._watched = False
@@ -35,7 +33,7 @@ class Stop:
 
     def asked(self) -> bool:
         self._watched = True
-        return self.signal is not None or self._told() or self.left() <= 0
+        return self.signal is not None or self.left() <= 0
 
     def left(self) -> float:
         """Seconds until then; negative once they are over."""

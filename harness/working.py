@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,19 +14,39 @@ from threadpoolctl import threadpool_limits
 
 from harness import environment
 from harness.bundling import Task
+from harness.evaluator import Evaluator
 from harness.executors import Boss
+from harness.job import Job, is_measured
 from harness.method import CurvePoint, Fit
 from harness.options import UserError
 from harness.planning import Comparison, resolve
-from harness.running import JobOutcome, fit_jobs, measure_job, store_end
+from harness.running import JobOutcome, fit_jobs, measure_job, store_end, store_measured
 from harness.store import Store
 
-Bundle = Sequence[str]
-"""Ids of the jobs that are fitted together; of one, mostly."""
+MOST_DEATHS = 3
+"""Workers that may die of a bundle of which nobody can tell what killed them."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What is worked on at a time.
+
+    Args:
+        jobs: Ids of jobs that are fitted together; of one, mostly.
+        without: Labels of evaluators that are left out: a worker has died of them.
+        deaths: Workers that have died of it before.
+    """
+
+    jobs: tuple[str, ...]
+    without: tuple[str, ...] = ()
+    deaths: int = 0
 
 
 class Work:
     """Called with a bundle of a comparison's jobs, it does what is left to do for them.
+
+    What it tells: ``bundle_started`` (ids of the jobs); ``resumed``, ``step``; ``fitted``; of each job ``job_started``
+    (if there are several), ``measuring`` (name and label of the evaluator), ``measured`` and ``job_finished``.
 
     Args:
         beside: How many bundles are worked on at a time.
@@ -42,17 +62,25 @@ class Work:
     def __call__(self, bundle: Bundle) -> None:
         tell, stop = self.boss.tell, self.boss.stop
         stop.before_job()
-        tasks = [self._task(job_id) for job_id in bundle]
-        tell("bundle_started", bundle)
-        fits: list[tuple[JobOutcome, Fit | None]] = [(JobOutcome("ok"), None)]  # a single one, that is stored
-        if not tasks[0].entry.status:
-            fits = fit_jobs([task.job for task in tasks], self.store, self.facts, self._step, self._resumed, stop)
+        tasks = [self._task(job_id) for job_id in bundle.jobs]
+        tell("bundle_started", bundle.jobs)
+        fits = self._fits(tasks)
+        tell("fitted")
         for (job, entry), (outcome, fit) in zip(tasks, fits, strict=True):
             if len(tasks) > 1:
                 tell("job_started", job.job_id)
             if outcome.status == "ok":
-                outcome = measure_job(job, entry.waiting, fit, self.store, self._measuring, self._measured, stop)
+                waiting = [by for by in entry.waiting if by.label not in bundle.without]
+                outcome = measure_job(job, waiting, fit, self.store, self._measuring, self._measured, stop)
             tell("job_finished", job.job_id, outcome.status, outcome.reason)
+
+    def _fits(self, tasks: Sequence[Task]) -> list[tuple[JobOutcome, Fit | None]]:
+        status = tasks[0].entry.status
+        if status:  # a single one, that is stored
+            reason = (self.store.job(tasks[0].job.job_id) or {}).get("reason", "")
+            return [(JobOutcome(status, reason), None)]
+        jobs = [task.job for task in tasks]
+        return fit_jobs(jobs, self.store, self.facts, self._step, self._resumed, self.boss.stop)
 
     def _task(self, job_id: str) -> Task:
         job = self.jobs.get(job_id)
@@ -66,8 +94,8 @@ class Work:
     def _resumed(self, fraction: float, step: int) -> None:
         self.boss.tell("resumed", fraction, step)
 
-    def _measuring(self, evaluator: str) -> None:
-        self.boss.tell("measuring", evaluator)
+    def _measuring(self, by: Evaluator) -> None:
+        self.boss.tell("measuring", by.name, by.label)
 
     def _measured(self, fraction: float, facts: str) -> None:
         self.boss.tell("measured", fraction, facts)
@@ -91,8 +119,9 @@ class WorkElsewhere:
 
     def __call__(self, boss: Boss) -> Callable[[Bundle], None]:
         torch.set_num_threads(self.threads)
-        threadpool_limits(self.threads)
-        return Work(resolve(**self.asked), Store(self.out), boss, self.beside)
+        work = Work(resolve(**self.asked), Store(self.out), boss, self.beside)
+        threadpool_limits(self.threads)  # of the libraries that plugins have loaded too
+        return work
 
 
 def machine(comparison: Comparison) -> dict[str, Any]:
@@ -100,18 +129,81 @@ def machine(comparison: Comparison) -> dict[str, Any]:
     return {**environment.describe(comparison.device), "run_id": comparison.run_id}
 
 
-def died(comparison: Comparison, store: Store, bundle: Bundle, reason: str) -> Iterator[tuple[str, JobOutcome]]:
-    """Store that the process which worked on a bundle is gone; ids and outcomes of the jobs that it has not done."""
-    facts, end = machine(comparison), JobOutcome("killed", reason)
-    for job in comparison.jobs:
-        if job.job_id in bundle and not (entry := comparison.planned(job, store)).done:
-            store_end(job, entry.waiting if entry.status else (), end, store, facts)
-            yield job.job_id, end
+@dataclass
+class Whereabouts:
+    """What a worker has told of its bundle so far.
+
+    Args:
+        job: The one that it measures.
+        evaluator: Label of the one that it measures by.
+    """
+
+    job: str = ""
+    fitted: bool = False
+    evaluator: str = ""
+
+
+class Deaths:
+    """What becomes of the jobs of a worker that has died; its bundle's other jobs and evaluators are worked on yet.
+
+    Args:
+        threads: Of each worker.
+        on_end: Told of the jobs that have ended so.
+    """
+
+    def __init__(
+        self, comparison: Comparison, store: Store, threads: int, on_end: Callable[[str, JobOutcome], None]
+    ) -> None:
+        self.jobs = {job.job_id: job for job in comparison.jobs}
+        self.evaluators = {by.label: by for by in comparison.evaluators}
+        self.store = store
+        self.facts = machine(comparison) | {"threads": threads}
+        self.on_end = on_end
+
+    def of(self, bundle: Bundle, left: Sequence[str], at: Whereabouts | None, end: str) -> list[Bundle]:
+        """Store that a worker has died.
+
+        Args:
+            left: Of the bundle's jobs those that have not ended.
+            at: Where it was; None if it had not begun.
+
+        Returns:
+            What is to be worked on yet.
+        """
+        again = dataclasses.replace(bundle, deaths=bundle.deaths + 1)
+        if at is None and again.deaths < MOST_DEATHS:
+            return [again]
+        killed = JobOutcome("killed", end)
+        fitted = [job_id for job_id in left if (at and at.fitted) or self._is_fitted(job_id)]
+        for job_id in left:
+            if job_id not in fitted:
+                store_end(self.jobs[job_id], killed, self.store, self.facts)
+                self.on_end(job_id, killed)
+        without = bundle.without
+        if at and at.evaluator:
+            store_measured(self.jobs[at.job], self.evaluators[at.evaluator], killed, self.store)
+            without = (*without, at.evaluator)
+        elif again.deaths >= MOST_DEATHS:
+            for job_id in fitted:
+                self._unmeasured(self.jobs[job_id], killed)
+            return []
+        return [
+            Bundle((job_id,), without if at and job_id == at.job else bundle.without, again.deaths) for job_id in fitted
+        ]
+
+    def _unmeasured(self, job: Job, outcome: JobOutcome) -> None:
+        for by in self.evaluators.values():
+            if not is_measured(job, by, self.store):
+                store_measured(job, by, outcome, self.store)
+        self.on_end(job.job_id, outcome)
+
+    def _is_fitted(self, job_id: str) -> bool:
+        return (self.store.job(job_id) or {}).get("status") == "ok"
 
 
 def threads_each(jobs: int) -> int:
-    """Threads of each of so many workers, that together they have no more than there are cores."""
-    return max(1, (os.cpu_count() or 1) // jobs)
+    """Threads of each of so many workers, that together they have no more than this process."""
+    return max(1, torch.get_num_threads() // jobs)
 
 
 @contextmanager

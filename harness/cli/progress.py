@@ -14,9 +14,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from harness.audience import Progress
 from harness.cli.console import progress_output
 from harness.cli.parsing import one_line
-from harness.comparison import PlannedJob, Progress
+from harness.comparison import PlannedJob
 
 PLAIN_SECONDS = 10.0
 """Seconds between two lines about the same fit."""
@@ -75,8 +76,7 @@ class Tally:
         return Tally(self.now, self.whole)
 
     def start_job(self, job: PlannedJob, together: int = 1) -> None:
-        self.job = f"{job.label} on {job.problem}, seed {job.seed}"
-        self.job += f" and {together - 1} more at once" if together > 1 else ""
+        self.job = named(job) + (f" and {together - 1} more at once" if together > 1 else "")
         self.together, self.evaluator, self.job_began = together, "", self.now()
         self.fraction, self.step, self.objective, self.seconds = 0.0, 0, math.nan, 0.0
 
@@ -115,6 +115,10 @@ class Tally:
         return [fact for fact in facts if fact]
 
 
+def named(job: PlannedJob) -> str:
+    return f"{job.label} on {job.problem}, seed {job.seed}"
+
+
 def resumption(fraction: float, step: int) -> str:
     return f"resumed at step {step}" + (f", {fraction:.0%}" if fraction else "")
 
@@ -137,7 +141,9 @@ class PlainProgress:
     lanes: dict[int, PlainProgress] = field(default_factory=dict[int, "PlainProgress"])
 
     def lane(self, number: int) -> PlainProgress:
-        return self.lanes.setdefault(number, PlainProgress(self.tally.beside())) if number else self
+        if number and number not in self.lanes:
+            self.lanes[number] = PlainProgress(self.tally.beside())
+        return self.lanes[number] if number else self
 
     def started(self, jobs: int) -> None:
         self.tally.whole.start(jobs)
@@ -166,6 +172,7 @@ class PlainProgress:
             self._say(*self.tally.fit_facts())
 
     def job_finished(self, job: PlannedJob, status: str, reason: str) -> None:
+        self.tally.job = named(job)
         self._say(f"{status} after {self.tally.job_seconds()}" + (f": {one_line(reason)}" if reason else ""))
         self.tally.finish_job()
 
@@ -216,7 +223,7 @@ class LiveProgress:
 
     def job_finished(self, job: PlannedJob, status: str, reason: str) -> None:
         if status != "ok":
-            self.console.print(Text(f"{self.tally.job}: {status}: {one_line(reason)}", style="yellow"))
+            self.console.print(Text(f"{named(job)}: {status}: {one_line(reason)}", style="yellow"))
         self.tally.finish_job()
 
     def finished(self) -> None:

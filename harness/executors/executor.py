@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from harness.stopping import Stop
@@ -13,6 +13,12 @@ Task = TypeVar("Task", contravariant=True)
 
 Heard = Callable[..., None]
 """Told the number of the worker (0, 1, ...), an event's name and its facts."""
+
+
+class Died(Protocol[T]):
+    """Told the number of a worker that has died, its task and how it has ended; gives what is to be worked on yet."""
+
+    def __call__(self, worker: int, task: T, end: str, /) -> Sequence[T]: ...
 
 
 class Boss(Protocol):
@@ -40,14 +46,12 @@ class Executor(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def run(
-        self, prepare: Prepare[T], tasks: Iterable[T], heard: Heard, died: Callable[[T, str], None], stop: Stop
-    ) -> None:
+    def run(self, prepare: Prepare[T], tasks: Iterable[T], heard: Heard, died: Died[T], stop: Stop) -> None:
         """Have every task worked on.
 
         Args:
             heard: Told what the work tells its boss; called in this thread.
-            died: Told of a task whose worker process has died, and how; the other tasks go on.
+            died: Told of a task whose worker has died; the other tasks go on.
 
         Raises:
             UserError: If the work cannot be sent to where it is to be done.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from harness.executors.executor import Boss, Executor, Heard, Prepare, T
+from harness.executors.executor import Boss, Died, Executor, Heard, Prepare, T
 from harness.stopping import Stop
 
 
@@ -17,9 +17,7 @@ class LocalExecutor(Executor):
 
     name: ClassVar[str] = "local"
 
-    def run(
-        self, prepare: Prepare[T], tasks: Iterable[T], heard: Heard, died: Callable[[T, str], None], stop: Stop
-    ) -> None:
+    def run(self, prepare: Prepare[T], tasks: Iterable[T], heard: Heard, died: Died[T], stop: Stop) -> None:
         work = prepare(_Here(partial(heard, 0), stop))
         for task in tasks:
             work(task)

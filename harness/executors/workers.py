@@ -1,38 +1,33 @@
-"""In worker processes, several tasks at once; a worker that dies costs only its task.
+"""In worker processes, several tasks at once; a worker that dies costs only the task that it worked on.
 
-Tasks and their ends go through pebble's pool. What is told of the work, and that it is to stop, has a connection of its
-own for each worker: a lock that workers share could be taken into a worker's grave.
+Each worker has a connection of its own, and nothing else is shared: a lock could be taken into a worker's grave. Nobody
+but the worker's connection and its exit code is asked how a task has ended.
 """
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import pickle
-import queue
-import secrets
 import signal
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterable
-from concurrent.futures import CancelledError, Future
-from contextlib import suppress
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener
-from typing import Any, ClassVar
+from multiprocessing.connection import wait
+from typing import Any, ClassVar, Generic
 
-from harness.executors.executor import Executor, Heard, Prepare, T
+from harness.executors.executor import Died, Executor, Heard, Prepare, T
+from harness.executors.worker import PATIENCE, work_for
 from harness.options import UserError
 from harness.stopping import Stop, Stopped
 
-PATIENCE = 2.0
-"""Seconds that workers have to save their work after an interrupt."""
-_LOGGED = "logged"
+STARTS = 3
+"""Workers that may fail to start, one after another."""
 
 log = logging.getLogger("harness")
+_spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
 
 
 @dataclass(frozen=True)
@@ -46,193 +41,163 @@ class WorkerProcesses(Executor):
     name: ClassVar[str] = "workers"
     jobs: int = 2
 
-    def run(
-        self, prepare: Prepare[T], tasks: Iterable[T], heard: Heard, died: Callable[[T, str], None], stop: Stop
-    ) -> None:
-        from pebble import ProcessExpired, ProcessPool
-
+    def run(self, prepare: Prepare[T], tasks: Iterable[T], heard: Heard, died: Died[T], stop: Stop) -> None:
+        run = _Run(sent(prepare), deque(tasks), heard, died, stop)
         try:
-            sent = pickle.dumps(prepare)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise UserError(f"cannot be sent to a worker process: {error}; use jobs=1") from None
-        exchange = _Exchange()
-        settings = (exchange.address, exchange.key, time.time() + stop.left(), sent)
-        spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-        pool = ProcessPool(self.jobs, initializer=_begin, initargs=settings, context=spawn)
-        waiting: dict[Future[bool], T] = {pool.schedule(_work, args=(task,)): task for task in tasks}
-        error: BaseException | None = None
-        try:
-            stopped = False
-            while waiting:
-                exchange.pass_on(heard, 0.1)
-                for future in [future for future in waiting if future.done()]:
-                    task = waiting.pop(future)
-                    try:
-                        stopped |= future.result()
-                    except CancelledError:
-                        pass
-                    except ProcessExpired as end:
-                        exchange.pass_on(heard, 0.0)
-                        died(task, _end(end.exitcode))
-                    except Exception as raised:  # of the harness, not of a method: those become statuses
-                        error = error or raised
-                        for other in waiting:
-                            other.cancel()
-        except BaseException:
-            exchange.stop()
-            _wait(waiting, PATIENCE)
-            pool.stop()
-            raise
+            run.work(self.jobs)
         finally:
-            if pool.active:
-                pool.close()
-            pool.join()
-            exchange.close(heard)
-        if error is not None:
-            raise error
-        if stopped:
+            run.end()
+        if run.stopped:
             stop.obey()
             raise Stopped("stopped")
 
 
-def _wait(futures: Iterable[Future[bool]], seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and any(future.running() for future in futures):
-        time.sleep(0.05)
+def sent(prepare: Prepare[T]) -> bytes:
+    """As it travels to a worker process.
+
+    Raises:
+        UserError: If it cannot.
+    """
+    try:
+        return pickle.dumps(prepare)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise UserError(f"cannot be sent to a worker process: {error}; use jobs=1") from None
 
 
-def _end(code: int | None) -> str:
-    """How a process has ended, in words."""
-    if code is not None and code < 0:
-        with suppress(ValueError):
-            return f"its worker process was killed by {signal.Signals(-code).name}"
-    return f"its worker process ended with exit code {code}"
+class _Run(Generic[T]):
+    def __init__(self, prepare: bytes, waiting: deque[T], heard: Heard, died: Died[T], stop: Stop) -> None:
+        self.prepare = prepare
+        self.waiting = waiting
+        self.heard = heard
+        self.died = died
+        self.stop = stop
+        self.stopped = False
+        self.workers: list[_Worker[T]] = []
+        self.started = False
+        self.failures = 0
+
+    def work(self, jobs: int) -> None:
+        for number in range(min(jobs, len(self.waiting))):
+            self.start(number)
+        while self.going_on():
+            for connection in wait([worker.connection for worker in self.workers]):
+                worker = self.at(connection)
+                try:
+                    self.receive(worker, *worker.connection.recv())
+                except (EOFError, OSError):
+                    self.bury(worker)
+
+    def at(self, connection: object) -> _Worker[T]:
+        return next(worker for worker in self.workers if worker.connection is connection)
+
+    def start(self, number: int) -> None:
+        try:
+            self.workers.append(_Worker(number, self.prepare, self.stop.left()))
+        except OSError as error:
+            if not self.workers:
+                raise UserError(f"no worker process can be started: {error}; use jobs=1") from None
+            log.warning("%d worker processes instead of more: %s", len(self.workers), error)
+
+    def going_on(self) -> bool:
+        """Give idle workers something to do; whether anybody has."""
+        if not self.stopped:
+            for worker in self.workers:
+                if worker.ready and not worker.busy and self.waiting:
+                    worker.begin(self.waiting.popleft())
+        return any(worker.busy for worker in self.workers) or (bool(self.waiting) and not self.stopped)
+
+    def receive(self, worker: _Worker[T], what: str, *facts: Any) -> None:
+        match what, facts:
+            case "ready", _:
+                worker.ready, self.started, self.failures = True, True, 0
+            case "logged", [level, text]:
+                log.log(level, "%s", text)
+            case "told", [event, *rest]:
+                self.heard(worker.number, event, *rest)
+            case "done", [stopped]:
+                worker.task, self.stopped = [], self.stopped or stopped
+            case _:  # of the harness, not of a method: those become statuses
+                raise facts[0]
+
+    def bury(self, worker: _Worker[T]) -> None:
+        self.workers.remove(worker)
+        end = worker.end()
+        if not worker.ready:
+            self.failures += 1
+            if not self.started or self.failures > STARTS:
+                raise UserError(
+                    f"worker processes do not start ({end}): a script that is run again as a module must do nothing, so"
+                    " guard it by `if __name__ == '__main__':`; or use jobs=1"
+                )
+        for task in worker.task:
+            self.waiting.extendleft(self.died(worker.number, task, f"its worker process {end}"))
+        if self.waiting and not self.stopped:
+            self.start(worker.number)
+
+    def end(self) -> None:
+        """Idle workers leave; what others have done so far is saved, if they can."""
+        for worker in self.workers:
+            worker.process.terminate()
+        limit, alive = time.monotonic() + PATIENCE, [worker.connection for worker in self.workers]
+        try:
+            while alive and (left := limit - time.monotonic()) > 0:
+                for connection in [self.at(found).connection for found in wait(alive, left)]:
+                    try:
+                        connection.recv()  # nobody hears it any more, but a full pipe would hold the worker up
+                    except Exception:  # its end, or half a message
+                        alive.remove(connection)
+        finally:
+            for worker in self.workers:
+                worker.process.kill()
+                worker.end()
 
 
-class _Exchange:
-    """Connections to all workers; what they tell is put in a row."""
+class _Worker(Generic[T]):
+    """A worker process, as its boss sees it; it gets a task once it is ready."""
 
-    def __init__(self) -> None:
-        self.key = secrets.token_bytes(16)
-        self._listener = Listener(authkey=self.key)
-        self._open = True
-        self._told: queue.SimpleQueue[tuple[int, str, tuple[Any, ...]]] = queue.SimpleQueue()
-        self._workers: dict[int, Connection] = {}
-        self._lock = threading.Lock()
-        self._readers: list[threading.Thread] = []
-        threading.Thread(target=self._accept, daemon=True).start()
+    def __init__(self, number: int, prepare: bytes, seconds: float) -> None:
+        self.number = number
+        self.ready = False
+        self.task: Sequence[T] = []
+        self.connection, theirs = _spawn.Pipe()
+        self.process = _spawn.Process(target=work_for, args=(theirs, prepare, time.time() + seconds), daemon=False)
+        try:
+            with _interrupts_blocked():  # for the worker too: only its boss is interrupted
+                self.process.start()
+        except BaseException:
+            self.connection.close()
+            raise
+        finally:
+            theirs.close()
 
     @property
-    def address(self) -> Any:
-        return self._listener.address
+    def busy(self) -> bool:
+        return bool(self.task)
 
-    def _accept(self) -> None:
-        while self._open:
-            with suppress(OSError, EOFError, AuthenticationError):  # a worker that died before it had a say
-                worker = self._listener.accept()
-                with self._lock:
-                    number = next(n for n in range(len(self._workers) + 1) if n not in self._workers)
-                    self._workers[number] = worker
-                reader = threading.Thread(target=self._read, args=(number, worker), daemon=True)
-                reader.start()
-                self._readers.append(reader)
+    def begin(self, task: T) -> None:
+        self.task = [task]
+        with suppress(OSError):  # it has died: who receives from it will see that
+            self.connection.send(task)
 
-    def _read(self, number: int, worker: Connection) -> None:
-        with suppress(EOFError, OSError):
-            while True:
-                event, *facts = worker.recv()
-                self._told.put((number, event, tuple(facts)))
-        with self._lock:
-            del self._workers[number]
-        worker.close()
-
-    def pass_on(self, heard: Heard, seconds: float) -> None:
-        """Say what has been told so far; wait that long for something to be told."""
-        with suppress(queue.Empty):
-            while True:
-                number, event, facts = self._told.get(timeout=seconds) if seconds else self._told.get_nowait()
-                seconds = 0.0
-                log.log(*facts) if event == _LOGGED else heard(number, event, *facts)
-
-    def stop(self) -> None:
-        """Tell all workers to stop where their work can be taken up again."""
-        with self._lock:
-            workers = list(self._workers.values())
-        for worker in workers:
-            with suppress(OSError):
-                worker.send("stop")
-
-    def close(self, heard: Heard) -> None:
-        """Once all workers have ended."""
-        self._open = False
-        with suppress(OSError, EOFError, AuthenticationError):
-            Client(self.address, authkey=self.key).close()  # closing it would not wake who waits for a connection
-        for reader in self._readers:
-            reader.join(PATIENCE)
-        self._listener.close()
-        self.pass_on(heard, 0.0)
+    def end(self) -> str:
+        """How the process has ended, in words; waits for that."""
+        self.process.join()
+        self.connection.close()
+        code = self.process.exitcode
+        self.process.close()
+        if code is not None and code < 0:
+            with suppress(ValueError):
+                return f"was killed by {signal.Signals(-code).name}"
+        return f"ended with exit code {code}"
 
 
-# In the worker
-
-
-class _Line:
-    """The connection to the boss: the process that has started this one."""
-
-    def __init__(self, address: Any, key: bytes, end: float) -> None:
-        self._connection = Client(address, authkey=key)
-        self._lock = threading.Lock()
-        self._asked = threading.Event()
-        self.stop = Stop(max(0.0, end - time.time()), self._asked.is_set)
-        threading.Thread(target=self._listen, daemon=True).start()
-
-    def tell(self, event: str, *facts: Any) -> None:
-        with self._lock:
-            self._connection.send((event, *facts))
-
-    def _listen(self) -> None:
-        with suppress(EOFError, OSError):
-            while True:
-                self._connection.recv()  # all that a boss ever says
-                self._asked.set()
-        self._asked.set()  # the boss has died: a fit can still be kept
-        time.sleep(PATIENCE)
-        os._exit(1)
-
-
-class _Forwarder(logging.Handler):
-    def __init__(self, line: _Line) -> None:
-        super().__init__(logging.WARNING)
-        self.line = line
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.line.tell(_LOGGED, record.levelno, "%s", record.getMessage())
-
-
-_line: _Line
-_prepare: bytes
-_ready: Callable[[Any], None] | None = None
-
-
-def _begin(address: Any, key: bytes, end: float, prepare: bytes) -> None:
-    global _line, _prepare
-    _line, _prepare = _Line(address, key, end), prepare
-    log.addHandler(_Forwarder(_line))
-
-    def warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
-        _line.tell(_LOGGED, logging.WARNING, "%s (%s, %s:%d)", str(message), category.__name__, filename, lineno)
-
-    warnings.showwarning = warn
-
-
-def _work(task: Any) -> bool:
-    """Whether it has stopped before its end."""
-    global _ready
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    usual = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        if _ready is None:
-            _ready = pickle.loads(_prepare)(_line)
-        assert _ready is not None
-        _ready(task)
-    except Stopped:
-        return True
-    return False
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, usual)

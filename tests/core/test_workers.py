@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ import pytest
 import torch
 
 import harness
-from harness.comparison import Silent, plan
+from harness.audience import Silent
+from harness.cli.progress import PlainProgress
+from harness.comparison import plan
 from harness.executors import WorkerProcesses
 from harness.options import UserError
 from harness.planning import PlannedJob
@@ -34,7 +36,7 @@ METHODS = "avb[noise_dim=4],vae"
 HARNESS = [sys.executable, "-c", "import sys; from harness.cli import main; sys.exit(main())"]
 
 BAD = """
-import os, signal, warnings
+import multiprocessing, os, signal, warnings
 from dataclasses import dataclass
 from harness import hookimpl
 from harness.evaluator import Evaluator
@@ -42,11 +44,11 @@ from harness_plugins.vae import VAE
 
 @dataclass(frozen=True, kw_only=True)
 class Dying(VAE):
-    '''Dies in its fit, by the signal of that number; with 0 it leaves with exit code 7.'''
+    '''Dies in its fit, by the signal of that number, or leaves with the exit code -by.'''
     name: str = "dying"
     by: int = 9
     def fit(self, view, run):
-        os.kill(os.getpid(), self.by) if self.by else os._exit(7)
+        os.kill(os.getpid(), self.by) if self.by > 0 else os._exit(-self.by)
 
 @dataclass(frozen=True, kw_only=True)
 class Raising(VAE):
@@ -63,9 +65,24 @@ class Deadly(Evaluator):
     def measure(self, fit, problem, run):
         os._exit(3)
 
+@dataclass(frozen=True, kw_only=True)
+class Fatal(VAE):
+    '''Dies in its losses.'''
+    name: str = "fatal"
+    def losses(self, m, x, noise):
+        os._exit(5)
+
+once = os.environ.get("DIE_ONCE")
+if once and multiprocessing.parent_process() and not os.path.exists(once):
+    try:
+        open(once, "x").close()
+    except OSError:
+        pass
+    os._exit(4)
+
 @hookimpl
 def harness_methods():
-    return [Dying(), Raising()]
+    return [Dying(), Raising(), Fatal()]
 
 @hookimpl
 def harness_evaluators():
@@ -120,7 +137,10 @@ def test_budgets_of_seconds_have_the_clock_to_themselves(tmp_path: Path) -> None
     assert torch.get_num_threads() == threads
 
 
-@pytest.mark.parametrize(("by", "end"), [(signal.SIGKILL, "killed by SIGKILL"), (signal.SIGSEGV, "SIGSEGV"), (0, "7")])
+@pytest.mark.parametrize(
+    ("by", "end"),
+    [(signal.SIGKILL, "killed by SIGKILL"), (signal.SIGSEGV, "SIGSEGV"), (0, "exit code 0"), (-7, "exit code 7")],
+)
 def test_a_worker_that_dies_costs_only_its_job(tmp_path: Path, bad: Path, by: int, end: str) -> None:
     given = {**SMALL, "jobs": 2, "plugins": [bad]}
     records = harness.compare(f"dying[by={int(by)}],vae", out=tmp_path, **given)
@@ -136,13 +156,45 @@ def test_a_worker_that_dies_costs_only_its_job(tmp_path: Path, bad: Path, by: in
     assert not any(job.done for job in retried)
 
 
-def test_a_worker_that_dies_while_it_measures_loses_no_fit(tmp_path: Path, bad: Path) -> None:
-    given = {**SMALL, "evaluators": "exact,deadly", "plugins": [bad]}
+@pytest.mark.parametrize("together", [False, True])
+def test_a_worker_that_dies_while_it_measures_loses_that_measurement_only(
+    tmp_path: Path, bad: Path, together: bool
+) -> None:
+    given = {**SMALL, "evaluators": "exact,deadly,reconstruction", "plugins": [bad], "vectorize_seeds": together}
     records = harness.compare("vae", out=tmp_path, jobs=2, **given)
     by = records.groupby("evaluator")["status"].unique().map(list).to_dict()
-    assert by == {"exact": ["ok"], "deadly": ["killed"]}
-    assert len(records) == 2 * 3  # log p(x) and the KL, and what died
-    assert {store["status"] for store in map(Store(tmp_path).job, records["job_id"]) if store} == {"ok"}
+    assert by == {"exact": ["ok"], "deadly": ["killed"], "reconstruction": ["ok"]}
+    assert (records.groupby("seed").size() == 4).all()  # log p(x) and the KL, what died, and what came after
+    assert {facts["status"] for facts in map(Store(tmp_path).job, records["job_id"]) if facts} == {"ok"}
+    again = harness.compare("vae", out=tmp_path, jobs=2, retry=["killed"], **given)
+    assert list(again["status"]) == list(records["status"])
+    assert list(again["started_at"]) == list(records["started_at"]), "fitted again"
+
+
+def test_a_bundle_that_dies_in_its_fit_is_told_of_job_by_job(
+    tmp_path: Path, bad: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seeds at once: the second step kills."""
+    given = {**SMALL, "seeds": 3, "plugins": [bad], "vectorize_seeds": True, "progress": PlainProgress()}
+    records = harness.compare("fatal,vae", out=tmp_path, jobs=2, **given)
+    assert records[records["method"] == "fatal"]["status"].tolist() == ["killed"] * 3
+    assert set(records[records["method"] == "vae"]["status"]) == {"ok"}
+    lines = [line for line in capsys.readouterr().err.splitlines() if "killed after" in line]
+    assert [line.split("] ")[1].split(":")[0] for line in lines] == [
+        f"fatal on four-points, seed {n}" for n in range(3)
+    ]
+
+
+def test_a_worker_that_dies_before_it_begins_is_replaced(tmp_path: Path, bad: Path, monkeypatch: Any) -> None:
+    """The first one to import the plugin dies of it; and where every one does, there is an end to it."""
+    monkeypatch.setenv("DIE_ONCE", str(tmp_path / "died"))
+    given = {**SMALL, "plugins": [bad], "jobs": 2}
+    records = harness.compare("vae", out=tmp_path / "once", **given)
+    assert (tmp_path / "died").exists()
+    assert set(records["status"]) == {"ok"}
+    monkeypatch.setenv("DIE_ONCE", str(tmp_path / "no/such/folder"))
+    records = harness.compare("vae", out=tmp_path / "always", **given)
+    assert list(records["status"]) == ["killed"] * 2
 
 
 def test_what_a_method_raises_and_says_arrives(tmp_path: Path, bad: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -181,6 +233,15 @@ def test_plugins_and_progress_are_told_in_this_process(
     )
 
 
+def test_the_line_that_tells_of_a_death_names_the_job_that_died(
+    tmp_path: Path, bad: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    harness.compare("dying,vae", out=tmp_path, jobs=2, plugins=[bad], progress=PlainProgress(), **SMALL)
+    told = [line for line in capsys.readouterr().err.splitlines() if "killed after" in line]
+    assert len(told) == 2
+    assert all("] dying on four-points, seed" in line for line in told)
+
+
 def test_a_run_that_is_out_of_time_goes_on_where_it_was(tmp_path: Path) -> None:
     given = {**SMALL, "budget": "steps=300"}
     with pytest.raises(Stopped, match=r"stopped after 0\.5 seconds"):
@@ -205,13 +266,11 @@ def test_nothing_is_left_running_when_the_command_ends(tmp_path: Path, number: i
                 break
         workers = psutil.Process(process.pid).children(recursive=True)
         assert len(workers) >= 2
-        began = time.monotonic()
         process.send_signal(number)
         said = process.stderr.read() if number != signal.SIGKILL else ""
-        code = process.wait(10)
-        _, alive = psutil.wait_procs(workers, timeout=10)
+        code = process.wait(60)
+        _, alive = psutil.wait_procs(workers, timeout=60)
         assert not alive
-        assert time.monotonic() - began < 10
     finally:
         process.kill()
         process.wait()
@@ -235,10 +294,28 @@ def test_objects_that_cannot_be_sent_are_refused(tmp_path: Path) -> None:
     assert len(harness.compare(VAE(lr=0.01), out=tmp_path, jobs=2, **SMALL)) == 2 * 3
 
 
+def test_experiments_that_need_undisturbed_seconds_say_so(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"8-equal-seconds: the seconds of fits are needed .* use jobs=1"):
+        harness.reproduce("avb-mnist", scale="smoke", jobs=2, out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_objects_that_workers_cannot_import_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of a notebook: there is no file that a worker could read."""
+    monkeypatch.setitem(sys.modules, "cells", types.ModuleType("cells"))
+    exec("from harness_plugins.vae import VAE\nclass Mine(VAE): ...", vars(sys.modules["cells"]))
+    with pytest.raises(UserError, match="use jobs=1"):
+        WorkerProcesses(2).run(sys.modules["cells"].Mine, [1], lambda *said: None, _nobody_dies, Stop())
+
+
 @pytest.mark.parametrize("jobs", [0, -1, "two", "", 1.5, None, True])
 def test_numbers_of_jobs_that_make_no_sense(tmp_path: Path, jobs: Any) -> None:
     with pytest.raises(UserError, match="positive whole number"):
         harness.compare("vae", out=tmp_path, jobs=jobs, **SMALL)
+
+
+def _nobody_dies(worker: int, task: Any, end: str) -> Any:
+    pytest.fail(f"worker {worker} {end}")
 
 
 def _unready(boss: Any) -> Any:
@@ -248,7 +325,7 @@ def _unready(boss: Any) -> Any:
 def test_an_error_of_the_preparation_ends_the_run() -> None:
     heard: list[Any] = []
     with pytest.raises(LookupError, match="not today"):
-        WorkerProcesses(2).run(_unready, range(5), heard.append, lambda task, end: heard.append(end), Stop())
+        WorkerProcesses(2).run(_unready, range(5), heard.append, _nobody_dies, Stop())
     assert not heard
 
 
@@ -270,4 +347,4 @@ def test_a_script_of_the_user(tmp_path: Path, guarded: bool) -> None:
         assert (ran.returncode, ran.stdout.strip()) == (0, "4")
     else:
         assert ran.returncode
-        assert "__main__" in ran.stderr
+        assert "guard it by `if __name__ == '__main__':`" in ran.stderr

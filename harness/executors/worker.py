@@ -1,0 +1,130 @@
+"""What a worker process does: it prepares itself once, works on the tasks that it is sent, and says how it goes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import signal
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+from harness.executors.executor import Prepare
+from harness.options import UserError
+from harness.stopping import Stop, Stopped
+
+PATIENCE = 10.0
+"""Seconds in which work is saved after an interrupt."""
+
+log = logging.getLogger("harness")
+
+
+class _Line:
+    """The connection to the boss, as a worker sees it. Whether it holds must not decide how a job ends."""
+
+    def __init__(self, connection: Connection, end: float) -> None:
+        self.stop = Stop(max(0.0, end - time.time()))
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def tell(self, event: str, *facts: Any) -> None:
+        self.say("told", event, *facts)
+
+    def say(self, *facts: Any) -> None:
+        if self._lock.acquire(timeout=1.0):  # else this is a warning from inside of it
+            try:
+                with suppress(OSError):
+                    self._connection.send(facts)
+            finally:
+                self._lock.release()
+
+
+class _Forwarder(logging.Handler):
+    def __init__(self, line: _Line) -> None:
+        super().__init__(logging.WARNING)
+        self.line = line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.line.say("logged", record.levelno, record.getMessage())
+
+
+def work_for(connection: Connection, prepare: bytes, end: float) -> None:
+    """Until the boss ends it.
+
+    Args:
+        prepare: Pickled, a `Prepare`.
+        end: Of the run, in seconds since the epoch.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    line, tasks = _Line(connection, end), _Tasks(connection)
+    line.say("ready")
+    work: Callable[[Any], None] | None = None
+    for task in tasks:
+        try:
+            if work is None:
+                work = _unpickled(prepare)(line)
+                _forward_warnings(line)
+            work(task)
+        except Stopped:
+            line.say("done", True)
+        except Exception as error:
+            line.say("raised", _sendable(error))
+        else:
+            line.say("done", False)
+
+
+class _Tasks:
+    """What the boss sends, one after another; read in a thread of its own, which sees at once if the boss dies."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._sent: deque[Any] = deque()
+        self._some = threading.Semaphore(0)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def __iter__(self) -> Iterator[Any]:
+        while True:
+            self._some.acquire()
+            yield self._sent.popleft()
+
+    def _read(self) -> None:
+        with suppress(EOFError, OSError):
+            while True:
+                self._sent.append(self._connection.recv())
+                self._some.release()
+        os.kill(os.getpid(), signal.SIGTERM)  # a fit is kept first
+        time.sleep(PATIENCE)
+        os._exit(1)
+
+
+def _unpickled(prepare: bytes) -> Prepare[Any]:
+    try:
+        return pickle.loads(prepare)
+    except (AttributeError, ImportError) as error:  # of a notebook, or of a module that is not installed
+        raise UserError(f"a worker process cannot import what it was given: {error}; use jobs=1") from None
+
+
+def _sendable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _forward_warnings(line: _Line) -> None:
+    """From now on: those of the preparation the boss has had too."""
+    log.addHandler(_Forwarder(line))
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
+        ours = category.__module__.partition(".")[0] == "harness"
+        where = "" if ours else f" ({category.__name__}, {filename}:{lineno})"
+        line.say("logged", logging.WARNING, f"{message}{where}")
+
+    warnings.showwarning = show
