@@ -70,9 +70,10 @@ def notes(table: Table) -> list[str]:
 
 def untimed_note(rows: Sequence[MethodRow]) -> list[str]:
     """Whose seconds are not shown, and why; one line, or none."""
-    disturbed = [f"{one_line(row.label)} ({seed_list(row.untimed)})" for row in rows if row.untimed]
+    disturbed = {row.label: [] if len(row.untimed) == len(row.jobs) else row.untimed for row in rows if row.untimed}
+    named = [one_line(label) + (f" ({seed_list(seeds)})" if seeds else "") for label, seeds in disturbed.items()]
     why = "others ran beside their fits, or these went on under other conditions"
-    return [f"no seconds of {', '.join(disturbed)}: {why}"] if disturbed else []
+    return [f"no seconds of {', '.join(named)}: {why}"] if disturbed else []
 
 
 def issues(rows: Sequence[MethodRow]) -> list[tuple[Issue, str]]:

@@ -310,7 +310,7 @@ def test_timing_comes_from_valid_rows_only() -> None:
     assert avb.fit_seconds is not None
     assert (avb.fit_seconds.value, avb.fit_seconds.seeds) == (10.0, 1)
     assert (vae.fit_seconds, vae.steps_per_second) == (None, None)
-    said = "no seconds of avb (seed 1), vae (seed 0): others ran beside their fits, or these went on under other"
+    said = "no seconds of avb (seed 1), vae: others ran beside their fits, or these went on under other"
     assert said in printed(store, width=200)
 
 
