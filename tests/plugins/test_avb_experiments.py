@@ -8,7 +8,7 @@ from collections import Counter
 import pandas as pd
 import pytest
 
-from harness.experiment import Experiment, Reported, Scale, Suite
+from harness.experiment import Experiment, Line, Reported, Scale, Suite
 from harness.options import parse_selection
 from harness.record import COLUMNS
 from harness.rehearsal import rehearse
@@ -85,11 +85,24 @@ def test_at_equal_seconds_everything_but_the_budget_is_the_same(experiment: Expe
         assert all(getattr(seconds, name) == getattr(steps, name) for name in same)
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_seconds_of_decoders_are_of_the_same_fits_from_another_seed(scale: Scale) -> None:
+    experiment = AVBDecoders()
+    suites = all_suites(experiment, scale)
+    for latent_dim in (2, 8):
+        speed, steps = suites[f"{latent_dim}-speed"], suites[f"{latent_dim}-equal-steps"]
+        assert (speed.problem, speed.methods, speed.precision) == (steps.problem, steps.methods, steps.precision)
+        assert speed.budget.startswith("seconds=")
+        assert not set(speed.seeds) & set(range(experiment.seeds(scale)))
+        lines = [line for table in experiment.contents(scale).tables for line in table.lines]
+        assert speed.name not in {line.suite for line in lines if isinstance(line, Line)}
+
+
 @pytest.mark.parametrize("experiment", [AVBDecoders(), AVBDecoders(problem="mnist"), AVBMnist()])
 @pytest.mark.parametrize("scale", SCALES)
 def test_log_p_is_exact_or_certified_with_the_same_settings(experiment: Experiment, scale: Scale) -> None:
     for name, suite in all_suites(experiment, scale).items():
-        if name.endswith("trials"):
+        if name.endswith(("trials", "speed")):  # of the latter only the time is read
             continue
         evaluators = dict(parse_selection(suite.evaluators))
         dimensions = int(parse_selection(suite.problem)[0][1]["latent_dim"])
