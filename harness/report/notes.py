@@ -70,8 +70,11 @@ def notes(table: Table) -> list[str]:
 
 def untimed_note(rows: Sequence[MethodRow]) -> list[str]:
     """Whose seconds are not shown, and why; one line, or none."""
-    disturbed = {row.label: [] if len(row.untimed) == len(row.jobs) else row.untimed for row in rows if row.untimed}
-    named = [one_line(label) + (f" ({seed_list(seeds)})" if seeds else "") for label, seeds in disturbed.items()]
+    disturbed = [row for row in rows if row.untimed]
+    named = [
+        one_line(row.label) + (f" ({seed_list(row.untimed)})" if len(row.untimed) < len(row.jobs) else "")
+        for row in disturbed
+    ]
     why = "others ran beside their fits, or these went on under other conditions"
     return [f"no seconds of {', '.join(named)}: {why}"] if disturbed else []
 
