@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from harness.bundling import Task
 from harness.planning import PlannedJob
@@ -13,8 +13,8 @@ from harness.running import JobOutcome
 from harness.working import Bundle, Whereabouts
 
 
-class Progress(Protocol):
-    """What is told of the work while it goes on."""
+class Progress:
+    """What is told of the work while it goes on; this one shows nothing of it."""
 
     def started(self, jobs: int) -> None: ...
     def job_started(self, job: PlannedJob, together: int = 1) -> None: ...
@@ -27,22 +27,6 @@ class Progress(Protocol):
 
     def lane(self, number: int) -> Progress:
         """That of one worker of several; the first is this one itself."""
-        ...
-
-
-class Silent:
-    """Progress that is not shown."""
-
-    def started(self, jobs: int) -> None: ...
-    def job_started(self, job: PlannedJob, together: int = 1) -> None: ...
-    def resumed(self, fraction: float, step: int) -> None: ...
-    def step(self, fraction: float, step: int, objective: float, seconds: float) -> None: ...
-    def measuring(self, evaluator: str) -> None: ...
-    def measured(self, fraction: float, facts: str) -> None: ...
-    def job_finished(self, job: PlannedJob, status: str, reason: str) -> None: ...
-    def finished(self) -> None: ...
-
-    def lane(self, number: int) -> Progress:
         return self
 
 
@@ -69,9 +53,8 @@ class Audience:
         at = self.at.pop(worker, None)
         for job_id in bundle.jobs:
             self.places[job_id] = worker
-        return [
-            job_id for job_id in bundle.jobs if job_id not in self.ended
-        ], at if at and at.job in bundle.jobs else None
+        left = [job_id for job_id in bundle.jobs if job_id not in self.ended]
+        return left, at if at and at.job in bundle.jobs else None
 
     def lost(self, job_id: str, outcome: JobOutcome) -> None:
         """A job that cannot tell its end itself."""

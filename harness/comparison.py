@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 
 from harness import environment
-from harness.audience import Audience, Progress, Silent
+from harness.audience import Audience, Progress
 from harness.bundling import Task, bundles
 from harness.evaluator import Evaluator
 from harness.executors import LocalExecutor, WorkerProcesses
 from harness.executors.workers import sent
 from harness.job import Job
 from harness.method import Fit, Method
-from harness.options import UserError, parse_seconds, unknown
+from harness.options import UserError, parse_jobs, parse_seconds, unknown
 from harness.planning import (
     Comparison,
     PlannedJob,
@@ -105,7 +104,7 @@ def compare(
     elsewhere = WorkElsewhere(asked, Path(out), threads_each(workers), workers) if workers > 1 else None
     if elsewhere:
         sent(elsewhere)
-    return _execute(comparison, Store.create(out), progress or Silent(), stop, elsewhere)
+    return _execute(comparison, Store.create(out), progress or Progress(), stop, elsewhere)
 
 
 def plan(
@@ -159,7 +158,7 @@ def evaluate(
     place = find_device(device)
     facts = [store.job(job_id) for job_id in store.job_ids()]
     jobs = [job for found in facts if found and found["status"] == "ok" and (job := stored_job(registry, found, place))]
-    return _execute(Comparison(registry, jobs, chosen, place), store, progress or Silent(), stop)
+    return _execute(Comparison(registry, jobs, chosen, place), store, progress or Progress(), stop)
 
 
 def fit(
@@ -238,9 +237,10 @@ def _execute(
     tasks = [Task(job, entry) for job in comparison.jobs if not (entry := comparison.planned(job, store)).done]
     if not tasks:
         return _of(comparison, store.records() if store.is_derived() else store.derive())
-    store.write_text("environment.json", json.dumps({**environment.versions(), **machine(comparison)}, indent=1))
+    facts = machine(comparison) | ({"threads": elsewhere.threads} if elsewhere else {})
+    store.write_text("environment.json", json.dumps({**environment.versions(), **facts}, indent=1))
     audience = Audience(comparison.registry, {task.entry.job_id: task for task in tasks}, progress)
-    deaths = Deaths(comparison, store, elsewhere.threads if elsewhere else torch.get_num_threads(), audience.lost)
+    deaths = Deaths(comparison, store, facts, audience.lost)
 
     def died(worker: int, bundle: Bundle, end: str) -> list[Bundle]:
         return deaths.of(bundle, *audience.left(worker, bundle), end)
@@ -259,21 +259,6 @@ def _execute(
         progress.finished()
         records = store.derive()
     return _of(comparison, records)
-
-
-def parse_jobs(jobs: int | str) -> int:
-    """How many jobs at once, as on the command line.
-
-    Raises:
-        UserError: If it is no positive whole number.
-    """
-    try:
-        number = int(str(jobs))
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise UserError(f"jobs: expected a positive whole number, got {jobs!r}")
-    return number
 
 
 def stopping(after: float | str | Stop | None) -> Stop:

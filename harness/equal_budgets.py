@@ -57,7 +57,6 @@ class EqualBudgets:
         settings: Method -> run, or the trials that find it.
         budget: Of the fits at equal steps.
         columns: Of the tables; of trials only the first is shown.
-        most_timed_seeds: At equal seconds only that many seeds, the first; 0 for all.
         speed: How long a fit takes; known from the fits at equal steps unless given, and then these have to run one at
             a time.
 
@@ -73,7 +72,6 @@ class EqualBudgets:
     evaluators: str
     budget: str
     columns: Sequence[Column]
-    most_timed_seeds: int = 0
     speed: Speed | None = None
 
     def __post_init__(self) -> None:
@@ -114,7 +112,6 @@ class EqualBudgets:
             methods=methods,
             evaluators=self.evaluators,
             budget=budget,
-            most_seeds=self.most_timed_seeds if unit == "seconds" else 0,
         )
 
     def _named(self, unit: Unit) -> str:

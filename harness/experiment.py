@@ -32,7 +32,6 @@ class Suite:
         methods: Label of each run -> the run as on the command line, ``{"VAE, tuned": "vae[lr=1e-2]"}``.
         budget: The problem's own unless given.
         seeds: Which; those of the whole run unless given.
-        most_seeds: Only that many of the whole run's, the first; 0 for all.
     """
 
     name: str
@@ -41,7 +40,6 @@ class Suite:
     evaluators: str
     budget: str = ""
     seeds: tuple[int, ...] = ()
-    most_seeds: int = 0
     precision: str = "float32"
 
 

@@ -54,7 +54,10 @@ def harness_experiments() -> Sequence[Experiment]:
 
 @hookspec
 def harness_job_started(job: Job) -> None:
-    """A job is about to be fitted; jobs that are done already are not announced."""
+    """A job is about to be fitted; jobs that are done already are not announced.
+
+    Told, as its end, in the process that the user has started, wherever the job is worked on.
+    """
     ...
 
 

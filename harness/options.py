@@ -174,6 +174,21 @@ def _chosen_seeds(seeds: Iterable[int], form: str) -> list[int]:
     return chosen
 
 
+def parse_jobs(jobs: int | str) -> int:
+    """How many jobs at once, as on the command line.
+
+    Raises:
+        UserError: If it is no positive whole number.
+    """
+    try:
+        number = int(str(jobs))
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise UserError(f"jobs: expected a positive whole number, got {jobs!r}")
+    return number
+
+
 def parse_seconds(what: str, seconds: float | str) -> float:
     """A positive number of seconds, given as one or as text.
 

@@ -14,9 +14,9 @@ import pandas as pd
 
 from harness import environment
 from harness.audience import Progress
-from harness.comparison import compare, parse_jobs, plan, stopping
+from harness.comparison import compare, plan, stopping
 from harness.experiment import Experiment, Scale, Suite
-from harness.options import UserError, parse_seeds, seeds_text, unknown
+from harness.options import UserError, parse_jobs, parse_seeds, seeds_text, unknown
 from harness.planning import select
 from harness.registry import Registry
 from harness.rehearsal import rehearse
@@ -176,7 +176,7 @@ def _arguments(suite: Suite, seeds: Sequence[int], folder: Path) -> dict[str, An
     return {
         "methods": list(suite.methods.values()),
         "problems": suite.problem,
-        "seeds": suite.seeds or seeds[: suite.most_seeds or None],
+        "seeds": suite.seeds or seeds,
         "budget": suite.budget or None,
         "evaluators": suite.evaluators,
         "precision": suite.precision,

@@ -147,17 +147,21 @@ class Deaths:
     """What becomes of the jobs of a worker that has died; its bundle's other jobs and evaluators are worked on yet.
 
     Args:
-        threads: Of each worker.
+        facts: The columns of a record that speak of the machine and of the run.
         on_end: Told of the jobs that have ended so.
     """
 
     def __init__(
-        self, comparison: Comparison, store: Store, threads: int, on_end: Callable[[str, JobOutcome], None]
+        self,
+        comparison: Comparison,
+        store: Store,
+        facts: Mapping[str, Any],
+        on_end: Callable[[str, JobOutcome], None],
     ) -> None:
         self.jobs = {job.job_id: job for job in comparison.jobs}
         self.evaluators = {by.label: by for by in comparison.evaluators}
         self.store = store
-        self.facts = machine(comparison) | {"threads": threads}
+        self.facts = facts
         self.on_end = on_end
 
     def of(self, bundle: Bundle, left: Sequence[str], at: Whereabouts | None, end: str) -> list[Bundle]:

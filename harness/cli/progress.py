@@ -133,7 +133,7 @@ def clock(seconds: float) -> str:
 
 
 @dataclass
-class PlainProgress:
+class PlainProgress(Progress):
     """A line when a job starts, one when it ends, and in between one every ten seconds at most."""
 
     tally: Tally = field(default_factory=Tally)
@@ -185,7 +185,7 @@ class PlainProgress:
         click.echo(f"{place} {self.tally.job}: {', '.join(facts)}", err=True)
 
 
-class LiveProgress:
+class LiveProgress(Progress):
     """A line for each worker and one for all jobs, redrawn. What is resumed or not ok is told of above them."""
 
     def __init__(self, console: Console, tally: Tally | None = None, first: LiveProgress | None = None) -> None:

@@ -68,8 +68,7 @@ def work_for(connection: Connection, prepare: bytes, end: float) -> None:
     for task in tasks:
         try:
             if work is None:
-                work = _unpickled(prepare)(line)
-                _forward_warnings(line)
+                work = _prepared(prepare, line)
             work(task)
         except Stopped:
             line.say("done", True)
@@ -103,6 +102,17 @@ class _Tasks:
         os._exit(1)
 
 
+def _prepared(prepare: bytes, line: _Line) -> Callable[[Any], None]:
+    """Warnings are forwarded from then on: those of the preparation the boss has had too."""
+    silent = logging.NullHandler()
+    log.addHandler(silent)
+    with warnings.catch_warnings(action="ignore"):
+        work = _unpickled(prepare)(line)
+    log.removeHandler(silent)
+    _forward_warnings(line)
+    return work
+
+
 def _unpickled(prepare: bytes) -> Prepare[Any]:
     try:
         return pickle.loads(prepare)
@@ -119,7 +129,6 @@ def _sendable(error: Exception) -> Exception:
 
 
 def _forward_warnings(line: _Line) -> None:
-    """From now on: those of the preparation the boss has had too."""
     log.addHandler(_Forwarder(line))
 
     def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:

@@ -83,9 +83,11 @@ class _Run(Generic[T]):
             for connection in wait([worker.connection for worker in self.workers]):
                 worker = self.at(connection)
                 try:
-                    self.receive(worker, *worker.connection.recv())
+                    message = worker.connection.recv()
                 except (EOFError, OSError):
                     self.bury(worker)
+                else:
+                    self.receive(worker, *message)
 
     def at(self, connection: object) -> _Worker[T]:
         return next(worker for worker in self.workers if worker.connection is connection)
@@ -148,7 +150,7 @@ class _Run(Generic[T]):
                         alive.remove(connection)
         finally:
             for worker in self.workers:
-                worker.process.kill()
+                worker.process.kill()  # who is not done by now
                 worker.end()
 
 
@@ -180,7 +182,9 @@ class _Worker(Generic[T]):
             self.connection.send(task)
 
     def end(self) -> str:
-        """How the process has ended, in words; waits for that."""
+        """How the process has ended, in words; one that is still there when nobody can reach it is killed."""
+        self.process.join(PATIENCE)
+        self.process.kill()
         self.process.join()
         self.connection.close()
         code = self.process.exitcode

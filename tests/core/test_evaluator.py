@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import harness
-from harness.comparison import Silent
+from harness.audience import Progress
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
 from harness.job import Job
 from harness.method import Fit
@@ -142,7 +142,7 @@ def test_a_computation_that_failed_is_not_remembered() -> None:
     assert run.once("key", fail) == 1
 
 
-class Listening(Silent):
+class Listening(Progress):
     def __init__(self) -> None:
         self.heard: list[tuple[Any, ...]] = []
 

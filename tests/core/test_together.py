@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import harness
+from harness.audience import Progress
 from harness.clock import Clock
-from harness.comparison import Silent, evaluate, plan
+from harness.comparison import evaluate, plan
 from harness.method import Budget, Diverged, Fit, Run
 from harness.planning import PlannedJob
 from harness.players import Modules, Noise
@@ -178,7 +179,7 @@ def test_stored_fits_can_be_measured_later(tmp_path: Path) -> None:
     assert set(evaluate(tmp_path, "reconstruction")["job_id"]) == set(records["job_id"])
 
 
-class Counted(Silent):
+class Counted(Progress):
     """Progress that knows what was started together."""
 
     def __init__(self) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ import pytest
 import torch
 
 import harness
-from harness.audience import Silent
+from harness.audience import Progress
 from harness.cli.progress import PlainProgress
 from harness.comparison import plan
 from harness.executors import WorkerProcesses
@@ -212,7 +215,7 @@ def test_plugins_and_progress_are_told_in_this_process(
     monkeypatch.setenv("NOTES", str(tmp_path / "notes"))
     said: list[tuple[str, ...]] = []
 
-    class Told(Silent):
+    class Told(Progress):
         def job_started(self, job: PlannedJob, together: int = 1) -> None:
             said.append(("started", job.method, str(job.seed)))
 
@@ -322,11 +325,53 @@ def _unready(boss: Any) -> Any:
     raise LookupError("not today")
 
 
-def test_an_error_of_the_preparation_ends_the_run() -> None:
+def _full(boss: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device", "results")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "error", "text"), [(_unready, LookupError, "not today"), (_full, OSError, "No space")]
+)
+def test_an_error_of_the_harness_ends_the_run(prepare: Any, error: type[Exception], text: str) -> None:
+    """A full disk looks like no broken connection."""
     heard: list[Any] = []
-    with pytest.raises(LookupError, match="not today"):
-        WorkerProcesses(2).run(_unready, range(5), heard.append, _nobody_dies, Stop())
+    with pytest.raises(error, match=text):
+        WorkerProcesses(2).run(prepare, range(5), heard.append, _nobody_dies, Stop())
     assert not heard
+
+
+def _talkative(boss: Any) -> Any:
+    return lambda task: boss.tell("step", task)
+
+
+def test_an_error_of_those_who_are_told_ends_the_run() -> None:
+    def heard(worker: int, event: str, *facts: Any) -> None:
+        raise BrokenPipeError("nobody reads")
+
+    with pytest.raises(BrokenPipeError, match="nobody reads"):
+        WorkerProcesses(2).run(_talkative, range(5), heard, _nobody_dies, Stop())
+
+
+def _deaf(boss: Any) -> Any:
+    def work(task: int) -> None:
+        if task == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            socket.socket(fileno=os.dup(boss._connection.fileno())).shutdown(socket.SHUT_RDWR)
+            time.sleep(1000)
+
+    return work
+
+
+def test_a_worker_that_nobody_can_reach_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.executors.workers.PATIENCE", 0.5)
+    dead: list[tuple[int, str]] = []
+
+    def died(worker: int, task: int, end: str) -> list[int]:
+        dead.append((task, end))
+        return []
+
+    WorkerProcesses(2).run(_deaf, range(3), lambda *said: None, died, Stop())
+    assert dead == [(0, "its worker process was killed by SIGKILL")]
 
 
 SCRIPT = """
