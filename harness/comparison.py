@@ -26,11 +26,11 @@ from harness.planning import (
     PlannedJob,
     Selection,
     find_device,
-    find_dtype,
     resolve,
     select,
     stored_job,
 )
+from harness.precision import dtype_of, parse_precision
 from harness.problem import DeviceData, Problem, placed
 from harness.registry import Registry
 from harness.running import fit_in_memory, restored
@@ -205,7 +205,7 @@ def data(problem: str | Problem, *, device: str = "auto", precision: str = "floa
         UserError: For any mistake in the arguments.
     """
     chosen: Problem = _one(select(Registry.discover(), "problems", problem), "data")
-    return placed(chosen, find_device(device), find_dtype(precision))
+    return placed(chosen, find_device(device), dtype_of(parse_precision(precision)))
 
 
 def _one(items: Sequence[Any], what: str) -> Any:

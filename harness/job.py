@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -20,6 +20,7 @@ from harness import (
     nn,
     players,
     posterior,
+    precision,
     problem,
     replicas,
     seeding,
@@ -28,15 +29,14 @@ from harness import (
 from harness.clock import Clock
 from harness.evaluator import Evaluator
 from harness.method import Budget, Method, Run
+from harness.precision import Precision, dtype_of, products_of
 from harness.problem import DeviceData, Problem, TrainingView, class_sources, loaded, placed, source_hash
 from harness.record import SCHEMA
 from harness.registry import Plugin
 from harness.seeding import Streams
 from harness.store import Facts, Store
 
-Precision = Literal["float32", "float64"]
-
-_FIT_SOURCES = (seeding, model, posterior, nn, problem, minibatches, method, players, replicas, training)
+_FIT_SOURCES = (seeding, model, posterior, nn, problem, minibatches, precision, method, players, replicas, training)
 _MEASURE_SOURCES = (evaluator, estimators)
 
 
@@ -93,7 +93,7 @@ class Job:
 
     @property
     def dtype(self) -> torch.dtype:
-        return {"float32": torch.float32, "float64": torch.float64}[self.precision]
+        return dtype_of(self.precision)
 
     @property
     def streams(self) -> Streams:
@@ -106,7 +106,8 @@ class Job:
         return self.problem.training_view(self.data(), self.streams)
 
     def new_run(self, clock: Clock | None = None) -> Run:
-        return Run(self.device, self.dtype, self.budget, self.streams, clock or Clock(self.device))
+        products = products_of(self.precision)
+        return Run(self.device, self.dtype, self.budget, self.streams, clock or Clock(self.device), products=products)
 
     def facts(self) -> Facts:
         """The columns of a record that are known before the job runs."""

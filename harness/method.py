@@ -136,7 +136,11 @@ class NothingKept(Checkpoint):
 
 @dataclass
 class Run:
-    """What a fit is handed besides the problem: where, how precisely, how long, and from which random streams."""
+    """What a fit is handed besides the problem: where, how precisely, how long, and from which random streams.
+
+    Args:
+        products: What the layers of networks multiply in while they train (`harness.precision`); None for ``dtype``.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -146,6 +150,7 @@ class Run:
     on_progress: Callable[[float, CurvePoint], None] = lambda fraction, point: None
     curve: list[CurvePoint] = field(default_factory=list)
     checkpoint: Checkpoint = field(default_factory=NothingKept)
+    products: torch.dtype | None = None
 
     def generator(self, name: str) -> torch.Generator:
         """A stream of the method's own."""
@@ -236,6 +241,10 @@ class Method(Configurable, ABC):
     def one_by_one(self) -> str | None:
         """Why fits from several seeds cannot be one batched program, or None."""
         return "it has no steps that could be batched"
+
+    def full_precision_only(self) -> str | None:
+        """Why layers of networks cannot multiply in lower precision while they train, or None."""
+        return "it trains no networks"
 
     @abstractmethod
     def fit(self, view: TrainingView, run: Run) -> Fit:

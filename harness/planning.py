@@ -9,15 +9,16 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from harness.checkpoint import Reached, reached
 from harness.evaluator import Evaluator
-from harness.job import Job, Precision, evaluator_file, is_measured
+from harness.job import Job, evaluator_file, is_measured
 from harness.method import Budget, Method
 from harness.options import UserError, parse_seeds, unknown
+from harness.precision import parse_precision
 from harness.problem import DataError, Problem, loaded
 from harness.record import STATUSES
 from harness.registry import Registry
@@ -121,7 +122,7 @@ def resolve(
         else select(registry, "evaluators", evaluators)
     )
     place, numbers = find_device(device), parse_seeds(seeds)
-    find_dtype(precision)
+    precisely = parse_precision(precision)
     everywhere = Budget.parse(budget) if budget is not None else None
     for problem in chosen_problems:
         _check(problem)
@@ -132,7 +133,7 @@ def resolve(
             seed,
             everywhere or Budget.parse(problem.default_budget),
             place,
-            precision,  # type: ignore[arg-type]
+            precisely,
             registry.plugin_of("methods", method),
         )
         for problem in chosen_problems
@@ -193,12 +194,6 @@ def find_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device 'cuda' is not available on this machine; use --device cpu or auto")
     return torch.device(name)
-
-
-def find_dtype(precision: str) -> torch.dtype:
-    if precision not in get_args(Precision):
-        raise UserError(unknown("precision", precision, get_args(Precision)))
-    return getattr(torch, precision)
 
 
 def stored_job(registry: Registry, facts: Facts, device: torch.device) -> Job | None:

@@ -6,6 +6,7 @@ A single fit is one replica. The losses of several are one batched program, mapp
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.func import functional_call, vmap
 
 from harness.method import CurvePoint, Diverged, Run
 from harness.players import Modules, Noise, NoiseStreams, Owned, stacks
+from harness.precision import Products
 from harness.problem import TrainingView
 
 Losses = Callable[[Modules, Tensor, Noise], dict[str, Tensor]]
@@ -89,6 +91,8 @@ class Together:
 
     def __init__(self, replicas: Sequence[Replica], owned: Sequence[Owned]) -> None:
         self.replicas = replicas
+        products = replicas[0].run.products
+        self.products = Products(products) if products else nullcontext()
         self.single = len(replicas) == 1
         if self.single:
             return
@@ -104,6 +108,10 @@ class Together:
     def losses(self, *, further: bool = False) -> dict[str, Tensor]:
         """Each player's loss for the next minibatch: a scalar of a single replica, else (R,)."""
         drawn = [replica.draw(further=further) for replica in self.replicas]
+        with self.products:
+            return self._losses(drawn)
+
+    def _losses(self, drawn: Sequence[tuple[Tensor, Noise]]) -> dict[str, Tensor]:
         if self.single:
             [replica], [(x, noise)] = self.replicas, drawn
             return replica.losses(replica.modules, x, noise)

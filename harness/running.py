@@ -22,6 +22,7 @@ from harness.gallery import gallery
 from harness.job import Job, evaluator_file
 from harness.method import CurvePoint, Diverged, Fit, Run
 from harness.nn import count_parameters
+from harness.precision import products_of
 from harness.seeding import derive, isolated
 from harness.stopping import Stop
 from harness.store import Facts, Store
@@ -66,7 +67,7 @@ def _fitted(jobs: Sequence[Job], runs: Sequence[Run]) -> list[Fit | Diverged]:
     with isolated(derive("job", first.job_id)):
         with clock.phase("load"):
             views = [job.training_view() for job in jobs]
-        reason = first.method.unfit(views[0])
+        reason = first.method.unfit(views[0]) or _unfit_precision(first)
         if reason:
             raise Skipped(reason)
         with clock.phase("warm-up"):
@@ -82,6 +83,11 @@ def _fitted(jobs: Sequence[Job], runs: Sequence[Run]) -> list[Fit | Diverged]:
         dataclasses.replace(fit, curve=tuple(run.curve), seconds=clock.seconds["fit"]) if isinstance(fit, Fit) else fit
         for fit, run in zip(ended, runs, strict=True)
     ]
+
+
+def _unfit_precision(job: Job) -> str | None:
+    reason = None if products_of(job.precision) is None else job.method.full_precision_only()
+    return reason and f"precision {job.precision}: {reason}"
 
 
 def restored(job: Job, store: Store) -> Fit:

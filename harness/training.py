@@ -91,6 +91,9 @@ class GradientMethod(Method):
     def one_by_one(self) -> str | None:
         return None if type(self).fit is GradientMethod.fit else "it has a loop of its own"
 
+    def full_precision_only(self) -> str | None:
+        return None if type(self).fit is GradientMethod.fit else "it has a loop of its own"
+
     def fit(self, view: TrainingView, run: Run) -> Fit:
         [ended] = _trained([self], [_replica(self, view, run)])
         if isinstance(ended, Diverged):

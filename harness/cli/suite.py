@@ -61,7 +61,9 @@ _KEYS = {
     ),
     "evaluators": _Key("NAMES", "Evaluators: importance,elbo.  [default: the usual ones]", _TEXTS),
     "device": _Key("NAME", "auto, cpu or cuda.  [default: auto]"),
-    "precision": _Key("NAME", "float32 or float64.  [default: float32]"),
+    "precision": _Key(
+        "NAME", "float32, bf16 (networks multiply in it while they train) or float64.  [default: float32]"
+    ),
     "vectorize-seeds": _Key(
         "",
         "Fit all seeds of a method on a problem, and its learning rates, as one batched program, on one clock.",

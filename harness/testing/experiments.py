@@ -18,7 +18,7 @@ from harness.experiment import (
     Tabulated,
 )
 from harness.method import Budget
-from harness.planning import find_dtype
+from harness.precision import parse_precision
 from harness.registry import Registry
 from harness.rehearsal import rehearse
 from harness.testing.laws import check_options, require
@@ -77,7 +77,7 @@ def _check_suite(what: str, suite: Suite, registry: Registry) -> None:
     registry.select("evaluators", suite.evaluators)
     if suite.budget:
         Budget.parse(suite.budget)
-    find_dtype(suite.precision)
+    parse_precision(suite.precision)
 
 
 def _check_contents(what: str, contents: Contents, suites: Mapping[str, Suite]) -> None:
