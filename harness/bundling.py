@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 from harness.job import Job
-from harness.planning import VECTORISED, PlannedJob
+from harness.planning import PlannedJob
 from harness.training import GradientMethod
 
 
@@ -31,7 +31,7 @@ def bundles(tasks: Iterable[Task]) -> list[Sequence[Task]]:
 
 def _key(task: Task) -> Hashable:
     job, entry = task
-    if job.step_mode != VECTORISED or entry.status or not isinstance(job.method, GradientMethod):
+    if not job.vectorised or entry.status or not isinstance(job.method, GradientMethod):
         return job.job_id
     alike = {option: value for option, value in job.method.config.items() if option not in job.method.per_replica}
     return job.problem, type(job.method), json.dumps(alike, sort_keys=True), str(job.budget), entry.step

@@ -96,6 +96,7 @@ class StoredCheckpoint(Checkpoint):
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         self.run.curve[:] = _points(tensors.pop("curve").tolist())
         self.run.clock.resume(facts["seconds"], facts["peak_bytes"])
+        self.run.clock.seconds["compile"] = facts["compile_seconds"]
         self._next = facts["seconds"] + EVERY
         self.places = [*facts["places"], *self.places]
         if not self._one_place():
@@ -112,6 +113,7 @@ class StoredCheckpoint(Checkpoint):
         clock = self.run.clock
         seconds, began = clock.elapsed(), clock.now()
         spent = {"step": step, "fraction": fraction, "seconds": seconds, "peak_bytes": clock.peak()}
+        spent["compile_seconds"] = clock.seconds.get("compile", 0.0)
         with clock.aside():
             written = self._write(state, {**spent, "places": self.places, "method": dict(state.facts)})
         self._next = seconds + max(EVERY, (clock.now() - began) / COST)

@@ -65,6 +65,16 @@ class Clock:
         finally:
             _reset_peak(self.device)
 
+    @contextmanager
+    def phase_within(self, name: str) -> Iterator[None]:
+        """A phase of its own, neither whose time nor whose memory is counted in the current one."""
+        started = self.now()
+        try:
+            with self.aside():
+                yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - started
+
     def resume(self, seconds: float, peak_bytes: int) -> None:
         """Let the current phase be the continuation of an earlier part that took so much; what it has had is void."""
         self._started, self._paused, self._peak = self.now() - seconds, 0.0, peak_bytes

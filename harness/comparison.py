@@ -53,6 +53,7 @@ def compare(
     evaluators: Selection | None = None,
     device: str = "auto",
     precision: str = "float32",
+    step: str = "auto",
     vectorize_seeds: bool = False,
     out: str | Path = DEFAULT_OUT,
     plugins: Iterable[str | Path] = (),
@@ -70,6 +71,10 @@ def compare(
             Evaluators: all that are used by default, unless given.
         seeds: How many (0, 1, ...), or which.
         budget: ``steps=5000`` and the like for all problems; each problem's own default unless given.
+        precision: ``float32``, ``float64``, or ``bf16``: layers of networks multiply in bfloat16 while they train.
+        step: How a step of training is taken: ``eager``, operation by operation; ``graph``, from a recording of them,
+            to the same numbers on a CPU; ``compile``, the recording compiled; ``auto`` is ``graph`` after the first 100
+            steps. Methods that cannot be recorded take theirs eagerly; what was done is in the column ``step_used``.
         vectorize_seeds: Fit all seeds of a method on a problem, and its learning rates, as one batched program. Each
             is the fit of its seed alone, but for the order of sums; they share a clock. Methods that cannot be batched
             are fitted one by one, with a warning in the log, and so are budgets of seconds or convergence.
@@ -96,6 +101,7 @@ def compare(
         "evaluators": _kept(evaluators),
         "device": device,
         "precision": precision,
+        "step": step,
         "plugins": tuple(plugins),
         "retry": tuple(retry),
         "vectorize_seeds": vectorize_seeds,
@@ -116,6 +122,7 @@ def plan(
     evaluators: Selection | None = None,
     device: str = "auto",
     precision: str = "float32",
+    step: str = "auto",
     vectorize_seeds: bool = False,
     out: str | Path = DEFAULT_OUT,
     plugins: Iterable[str | Path] = (),
@@ -127,7 +134,7 @@ def plan(
     stopping(stop_after)
     parse_jobs(jobs)
     comparison = resolve(
-        methods, problems, seeds, budget, evaluators, device, precision, plugins, retry, vectorize_seeds
+        methods, problems, seeds, budget, evaluators, device, precision, step, plugins, retry, vectorize_seeds
     )
     return [comparison.planned(job, Store(out)) for job in comparison.jobs]
 
@@ -169,6 +176,7 @@ def fit(
     budget: str | None = None,
     device: str = "auto",
     precision: str = "float32",
+    step: str = "auto",
     plugins: Iterable[str | Path] = (),
 ) -> Fit:
     """Fit one method to one problem, in memory: the same fit, bit for bit, as that of `compare`.
@@ -177,7 +185,7 @@ def fit(
         UserError: For any mistake in the arguments.
         Skipped, Diverged: As in `harness.running.fit_in_memory`.
     """
-    comparison = resolve(method, problem, [seed], budget, None, device, precision, plugins, ())
+    comparison = resolve(method, problem, [seed], budget, None, device, precision, step, plugins, ())
     job: Job = _one(comparison.jobs, "fit")
     return fit_in_memory(job)
 

@@ -41,6 +41,7 @@ class Suite:
     budget: str = ""
     seeds: tuple[int, ...] = ()
     precision: str = "float32"
+    step: str = "auto"
 
 
 # What is shown

@@ -24,6 +24,7 @@ from harness import (
     problem,
     replicas,
     seeding,
+    stepping,
     training,
 )
 from harness.clock import Clock
@@ -36,7 +37,21 @@ from harness.registry import Plugin
 from harness.seeding import Streams
 from harness.store import Facts, Store
 
-_FIT_SOURCES = (seeding, model, posterior, nn, problem, minibatches, precision, method, players, replicas, training)
+_FIT_SOURCES = (
+    seeding,
+    model,
+    posterior,
+    nn,
+    problem,
+    minibatches,
+    precision,
+    method,
+    players,
+    replicas,
+    stepping,
+    training,
+)
+VECTORISED = "vectorised"
 _MEASURE_SOURCES = (evaluator, estimators)
 
 
@@ -50,6 +65,8 @@ class Job:
 
     Args:
         device: Where the job runs.
+        step_mode: How steps of training are taken (`harness.stepping`), after the word ``vectorised`` if those of
+            several jobs are taken at once.
         fitted_on: Type of the device that a stored fit was made on, where it is measured on another.
     """
 
@@ -60,7 +77,7 @@ class Job:
     device: torch.device
     precision: Precision
     plugin: Plugin
-    step_mode: str = "eager"
+    step_mode: str = "auto"
     fitted_on: str = ""
 
     @cached_property
@@ -92,6 +109,10 @@ class Job:
         return _digest({"fit": self.job_id, "name": by.name, "config": by.config, "source": sources})
 
     @property
+    def vectorised(self) -> bool:
+        return self.step_mode.startswith(VECTORISED)
+
+    @property
     def dtype(self) -> torch.dtype:
         return dtype_of(self.precision)
 
@@ -106,8 +127,15 @@ class Job:
         return self.problem.training_view(self.data(), self.streams)
 
     def new_run(self, clock: Clock | None = None) -> Run:
-        products = products_of(self.precision)
-        return Run(self.device, self.dtype, self.budget, self.streams, clock or Clock(self.device), products=products)
+        return Run(
+            self.device,
+            self.dtype,
+            self.budget,
+            self.streams,
+            clock or Clock(self.device),
+            products=products_of(self.precision),
+            step=self.step_mode.split()[-1],
+        )
 
     def facts(self) -> Facts:
         """The columns of a record that are known before the job runs."""

@@ -140,6 +140,7 @@ class Run:
 
     Args:
         products: What the layers of networks multiply in while they train (`harness.precision`); None for ``dtype``.
+        step: How the training loop computes its gradients (`harness.stepping`).
     """
 
     device: torch.device
@@ -151,6 +152,7 @@ class Run:
     curve: list[CurvePoint] = field(default_factory=list)
     checkpoint: Checkpoint = field(default_factory=NothingKept)
     products: torch.dtype | None = None
+    step: str = "auto"
 
     def generator(self, name: str) -> torch.Generator:
         """A stream of the method's own."""
@@ -207,6 +209,7 @@ class Fit:
         state: Tensors from which `Method.restore` rebuilds model and posterior.
         parameters: Trainable parameters that the method brought besides the model's.
         gradient_evaluations: One for each minibatch, whatever it draws, or for each step along a chain's trajectory.
+        step_used: How the steps of the training loop were taken (`harness.stepping`); empty without that loop.
         seconds, curve: Time on the fit clock and training curve; filled in by the job. Empty in a restored fit.
     """
 
@@ -216,6 +219,7 @@ class Fit:
     parameters: int = 0
     steps: int = 0
     gradient_evaluations: int = 0
+    step_used: str = ""
     seconds: float = 0.0
     curve: tuple[CurvePoint, ...] = ()
 

@@ -15,19 +15,19 @@ import torch
 
 from harness.checkpoint import Reached, reached
 from harness.evaluator import Evaluator
-from harness.job import Job, evaluator_file, is_measured
+from harness.job import VECTORISED, Job, evaluator_file, is_measured
 from harness.method import Budget, Method
 from harness.options import UserError, parse_seeds, unknown
 from harness.precision import parse_precision
 from harness.problem import DataError, Problem, loaded
 from harness.record import STATUSES
 from harness.registry import Registry
+from harness.stepping import parse_step
 from harness.store import Facts, Store
 from harness.training import OF_ITS_OWN
 
 log = logging.getLogger(__name__)
 
-VECTORISED = "vectorised"
 """The step mode of a fit that may share its steps with others."""
 
 Selection = str | Method | Problem | Evaluator | Iterable[str | Method | Problem | Evaluator]
@@ -109,6 +109,7 @@ def resolve(
     evaluators: Selection | None,
     device: str,
     precision: str,
+    step: str,
     plugins: Iterable[str | Path],
     retry: Iterable[str],
     vectorize_seeds: bool = False,
@@ -122,7 +123,7 @@ def resolve(
         else select(registry, "evaluators", evaluators)
     )
     place, numbers = find_device(device), parse_seeds(seeds)
-    precisely = parse_precision(precision)
+    precisely, mode = parse_precision(precision), parse_step(step)
     everywhere = Budget.parse(budget) if budget is not None else None
     for problem in chosen_problems:
         _check(problem)
@@ -135,6 +136,7 @@ def resolve(
             place,
             precisely,
             registry.plugin_of("methods", method),
+            mode,
         )
         for problem in chosen_problems
         for seed in numbers
@@ -149,7 +151,10 @@ def vectorised(jobs: Iterable[Job]) -> list[Job]:
     reasons = {job: _one_by_one(job) for job in jobs}
     for name, reason in dict.fromkeys((job.method.name, reason) for job, reason in reasons.items() if reason):
         log.warning("%s: seeds are fitted one by one: %s", name, reason)
-    return [job if reason else dataclasses.replace(job, step_mode=VECTORISED) for job, reason in reasons.items()]
+    return [
+        job if reason else dataclasses.replace(job, step_mode=f"{VECTORISED} {job.step_mode}")
+        for job, reason in reasons.items()
+    ]
 
 
 def _one_by_one(job: Job) -> str | None:

@@ -103,10 +103,19 @@ class Owned:
         ]
         return dict(zip(self.replicas[0], self.parameters, strict=True))
 
-    def differentiate(self, loss: Tensor, clip_norm: float, *, keep: bool) -> None:
-        """Put the gradients of the player's loss, a scalar or (R,), where the optimiser finds them."""
-        gradients = torch.autograd.grad(loss, self.parameters, torch.ones_like(loss), retain_graph=keep)
-        for row, gradient in zip(self.rows, self._flattened(gradients), strict=True):
+    def gradient(self, loss: Tensor, tensors: Mapping[str, Tensor] | None, *, keep: bool) -> Tensor:
+        """The gradient of the player's loss, a scalar or (R,): (R, P).
+
+        Args:
+            tensors: What the loss was computed from, by name, if that is not the parameters themselves.
+        """
+        parameters = self.parameters if tensors is None else [tensors[name] for name in self.replicas[0]]
+        gradients = torch.autograd.grad(loss, parameters, torch.ones_like(loss), retain_graph=keep)
+        return self._flattened(gradients)
+
+    def put(self, gradients: Tensor, clip_norm: float) -> None:
+        """Let the optimiser find the gradients (R, P), each replica's cut to the norm unless that is 0."""
+        for row, gradient in zip(self.rows, gradients, strict=True):
             row.grad = gradient
             if clip_norm:
                 nn.utils.clip_grad_norm_([row], clip_norm)

@@ -20,7 +20,8 @@ COST_COLUMNS = (  # of a fit in fit_parts runs: seconds add up, memory is the la
     "timing_valid shared_clock fit_parts"
 ).split()
 PLACE_COLUMNS = (
-    "device precision step_mode hardware threads torch_version git_commit git_dirty started_at budget bits_per_dim"
+    "device precision step_mode step_used hardware threads torch_version git_commit git_dirty started_at budget "
+    "bits_per_dim"
 ).split()
 COLUMNS = [*JOB_COLUMNS, *MEASUREMENT_COLUMNS, *COST_COLUMNS, *PLACE_COLUMNS]
 

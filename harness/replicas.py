@@ -5,8 +5,8 @@ A single fit is one replica. The losses of several are one batched program, mapp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,9 @@ from harness.problem import TrainingView
 
 Losses = Callable[[Modules, Tensor, Noise], dict[str, Tensor]]
 """Of modules, a minibatch and noise: the loss of each player, by name."""
+
+Drawn = tuple[Tensor, Noise]
+"""A minibatch (N, *E) and noise for it; of several replicas (R, N, *E)."""
 
 FURTHER = "further minibatches"  # of a player's own steps: the first step's stay the same for all methods
 VALIDATION_BATCH = 1000
@@ -55,7 +58,7 @@ class Replica:
         """What decides all minibatches and noise to come, by name."""
         return {"minibatches": self.batches, FURTHER: self.further_batches, "noise": self.noise}
 
-    def draw(self, *, further: bool) -> tuple[Tensor, Noise]:
+    def draw(self, *, further: bool) -> Drawn:
         """The next minibatch (N, *E), and noise for it."""
         return next(self.further_batches if further else self.batches), self.noise.draw(self.batch_size)
 
@@ -83,51 +86,78 @@ class Replica:
 
 
 class Together:
-    """The losses of R replicas: of a single one as they are, of several as one batched program.
+    """R replicas as one: what they draw, all their tensors, and each player's loss as a function of these.
 
-    That needs losses that are the same function for all, in which nothing depends on values but by tensor operations.
-    Buffers become views of one tensor for all replicas, like the parameters of ``owned``.
+    Of a single one the losses are as they are, of several one batched program. That needs losses that are the same
+    function for all, in which nothing depends on values but by tensor operations.
+
+    Args:
+        tensors: All parameters and buffers by name; of several replicas (R, *shape), which buffers become views of,
+            like the parameters of ``owned``.
+        buffers: The latter alone.
+        objective: The player whose loss the training curve shows.
     """
 
     def __init__(self, replicas: Sequence[Replica], owned: Sequence[Owned]) -> None:
         self.replicas = replicas
-        products = replicas[0].run.products
-        self.products = Products(products) if products else nullcontext()
         self.single = len(replicas) == 1
-        if self.single:
-            return
+        self.objective, self.clock = replicas[0].objective, replicas[0].run.clock
+        products = replicas[0].run.products
+        self.low_precision = products is not None
+        self.products = Products(products) if products else nullcontext()
         self.program = _Program(replicas[0])
+        modules = replicas[0].modules
+        if self.single:
+            self.buffers: dict[str, Tensor] = dict(modules.named_buffers())
+            self.tensors: dict[str, Tensor] = {**self.buffers, **dict(modules.named_parameters())}
+            return
         buffers = [dict(replica.modules.named_buffers()) for replica in replicas]
-        self.tensors = stacks(buffers)
-        for name, stacked in self.tensors.items():
+        self.buffers = stacks(buffers)
+        for name, stacked in self.buffers.items():
             for own, row in zip(buffers, stacked, strict=True):
                 own[name].data = row
-        for player in owned:
-            self.tensors |= player.batched()
+        self.tensors = {name: tensor for player in owned for name, tensor in player.batched().items()} | self.buffers
 
-    def losses(self, *, further: bool = False) -> dict[str, Tensor]:
-        """Each player's loss for the next minibatch: a scalar of a single replica, else (R,)."""
+    def draw(self, *, further: bool = False) -> Drawn:
+        """The next minibatch, and noise for it; of several replicas stacked."""
         drawn = [replica.draw(further=further) for replica in self.replicas]
-        with self.products:
-            return self._losses(drawn)
-
-    def _losses(self, drawn: Sequence[tuple[Tensor, Noise]]) -> dict[str, Tensor]:
         if self.single:
-            [replica], [(x, noise)] = self.replicas, drawn
-            return replica.losses(replica.modules, x, noise)
-        x = torch.stack([x for x, _ in drawn])
-        noise = stacks([noise for _, noise in drawn])
-        try:
-            return vmap(self._of_one)(self.tensors, x, noise)
-        except (torch.OutOfMemoryError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
-            raise
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"its losses, or the problem's model, are no batched program ({error}); fit the seeds one by one, and "
-                "let the method's one_by_one() say so if it is the method"
-            ) from error
+            return drawn[0]
+        return torch.stack([x for x, _ in drawn]), stacks([noise for _, noise in drawn])
 
-    def _of_one(self, tensors: dict[str, Tensor], x: Tensor, noise: Noise) -> dict[str, Tensor]:
+    @contextmanager
+    def buffers_kept(self) -> Iterator[None]:
+        """Afterwards buffers are what they were, should losses have changed them."""
+        before = {name: tensor.clone() for name, tensor in self.buffers.items()}
+        try:
+            yield
+        finally:
+            for name, tensor in before.items():
+                self.buffers[name].copy_(tensor)
+
+    def losses(self, drawn: Drawn) -> dict[str, Tensor]:
+        """Each player's loss: a scalar of a single replica, else (R,)."""
+        if not self.single:
+            return self.losses_at(self.tensors, drawn)
+        with self.products:
+            return self.replicas[0].losses(self.replicas[0].modules, *drawn)
+
+    def losses_at(self, tensors: Mapping[str, Tensor], drawn: Drawn) -> dict[str, Tensor]:
+        """The losses as they would be if ``tensors`` were those of the replicas."""
+        with self.products:
+            if self.single:
+                return self._of_one(tensors, *drawn)
+            try:
+                return vmap(self._of_one)(tensors, *drawn)
+            except (torch.OutOfMemoryError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
+                raise
+            except RuntimeError as error:
+                raise RuntimeError(
+                    f"its losses, or the problem's model, are no batched program ({error}); fit the seeds one by one, "
+                    "and let the method's one_by_one() say so if it is the method"
+                ) from error
+
+    def _of_one(self, tensors: Mapping[str, Tensor], x: Tensor, noise: Noise) -> dict[str, Tensor]:
         return functional_call(self.program, {f"own.{name}": value for name, value in tensors.items()}, (x, noise))
 
 

@@ -201,6 +201,7 @@ def _spent(fit: Fit, clock: Clock) -> Facts:
         "steps_per_second": int(fit.steps) / seconds if fit.steps else None,
         "gradient_evaluations": int(fit.gradient_evaluations),
         "compile_seconds": clock.seconds.get("compile", 0.0),
+        "step_used": fit.step_used,
         "peak_memory_bytes": clock.peak_bytes["fit"],
     }
 

@@ -24,7 +24,8 @@ from harness.nn import count_parameters
 from harness.players import InPlace, Modules, Noise, Owned, Player
 from harness.posterior import Posterior
 from harness.problem import TrainingView
-from harness.replicas import Replica, Together
+from harness.replicas import Drawn, Replica, Together
+from harness.stepping import gradients_by
 from harness.stopping import Stopped
 
 LOG_EVERY = 100
@@ -105,13 +106,13 @@ class GradientMethod(Method):
         modules.load_state_dict(state)
         return self.fit_of(view, modules)
 
-    def fit_of(self, view: TrainingView, modules: Modules, steps: int = 0) -> Fit:
+    def fit_of(self, view: TrainingView, modules: Modules, steps: int = 0, step_used: str = "") -> Fit:
         """The fit that trained modules are."""
         modules.eval().requires_grad_(False)
         state = {name: tensor.detach() for name, tensor in modules.state_dict().items()}
         parameters = count_parameters(modules) - count_parameters(view.model)
         evaluations = steps * sum(player.steps for player in self.players())
-        return Fit(view.model, self.posterior(modules), state, parameters, steps, evaluations)
+        return Fit(view.model, self.posterior(modules), state, parameters, steps, evaluations, step_used)
 
 
 def fit_together(
@@ -153,7 +154,7 @@ def _trained(methods: Sequence[GradientMethod], replicas: Sequence[Replica]) -> 
     loop.resume()
     loop.train()
     return [
-        replica.diverged or method.fit_of(replica.view, replica.modules, loop.steps)
+        replica.diverged or method.fit_of(replica.view, replica.modules, loop.steps, loop.gradients.used)
         for method, replica in zip(methods, replicas, strict=True)
     ]
 
@@ -189,7 +190,9 @@ class _Loop:
         modules = [replica.modules for replica in self.replicas]
         players = zip(*(method.players() for method in self.methods), strict=True)
         self.owned = [Owned(same, modules) for same in players]
+        self.movers = [owned for owned in self.owned if owned.parameters]
         self.together = Together(self.replicas, self.owned)
+        self.gradients = gradients_by("eager" if self.method.one_by_one() else self.run.step, self.together)
         self.check_every = (
             math.ceil(self.run.budget.amount / VALIDATION_CHECKS)
             if self.run.budget.unit == "steps"
@@ -201,7 +204,7 @@ class _Loop:
         for replica in self.replicas:
             replica.modules.train()
         by_clock = self.run.budget.unit == "seconds"
-        batches_per_step = 1 + sum(owned.player.steps - 1 for owned in self.owned if owned.parameters)
+        batches_per_step = 1 + sum(owned.player.steps - 1 for owned in self.movers)
         done = False
         while not done:
             if self.run.budget.unit != "converged":
@@ -216,6 +219,9 @@ class _Loop:
             check = done or self.steps % self.check_every == 0
             if check or self.steps % LOG_EVERY == 0:
                 self._log(check)
+                if check:
+                    with self.run.clock.paused():
+                        self.gradients.check()
                 done = done or self.run.converged() or all(replica.diverged for replica in self.replicas)
             if not done and self.run.checkpoint.due():
                 self._save()
@@ -225,19 +231,19 @@ class _Loop:
 
     def step(self) -> None:
         """All players at once from one shared forward pass, then the further steps of those that take more."""
-        losses = self.together.losses()
-        self.pending.append(losses[self.replicas[0].objective].detach().reshape(-1))
-        movers = [owned for owned in self.owned if owned.parameters]
-        clip_norm = self.method.clip_norm
-        for i, owned in enumerate(movers):
-            owned.differentiate(losses[owned.player.name], clip_norm, keep=i < len(movers) - 1)
+        self.pending.append(self._move(self.movers, self.together.draw()))
+        for owned in self.movers:
+            for _ in range(owned.player.steps - 1):
+                self._move([owned], self.together.draw(further=True))
+
+    def _move(self, movers: Sequence[Owned], drawn: Drawn) -> Tensor:
+        """Update players at once; the objective before that, (R,)."""
+        objective, gradients = self.gradients(movers, drawn)
+        for owned, gradient in zip(movers, gradients, strict=True):
+            owned.put(gradient, self.method.clip_norm)
         for owned in movers:
             owned.step(self.lr_factor)
-        for owned in movers:
-            for _ in range(owned.player.steps - 1):
-                losses = self.together.losses(further=True)
-                owned.differentiate(losses[owned.player.name], clip_norm, keep=False)
-                owned.step(self.lr_factor)
+        return objective
 
     def _parts(self, number: int) -> dict[str, Any]:
         """Everything with tensors that a step changes of one replica, by name."""

@@ -24,6 +24,7 @@ class Arguments(TypedDict, total=False):
     evaluators: Texts
     device: str
     precision: str
+    step: str
     vectorize_seeds: bool
     out: str
     plugins: list[str]
@@ -63,6 +64,9 @@ _KEYS = {
     "device": _Key("NAME", "auto, cpu or cuda.  [default: auto]"),
     "precision": _Key(
         "NAME", "float32, bf16 (networks multiply in it while they train) or float64.  [default: float32]"
+    ),
+    "step": _Key(
+        "NAME", "How steps are taken: eager, graph (recorded once), compile, or auto: graph.  [default: auto]"
     ),
     "vectorize-seeds": _Key(
         "",

@@ -121,7 +121,7 @@ def title(table: Table) -> str:
     """What all rows have in common, the problem's name apart."""
     key = table.key
     binarisation = "" if key.binarisation in ("", "none") else f"{key.binarisation} binarisation"
-    mode = "" if key.step_mode in ("", "eager") else key.step_mode
+    mode = " ".join(word for word in key.step_mode.split() if word != "auto")
     estimator = f"log p(x) by {one_line(table.evaluator)}" if table.evaluator else ""
     facts = [key.budget, binarisation, observations(table), estimator, key.device, key.precision, mode]
     return " · ".join(filter(None, facts))

@@ -182,7 +182,7 @@ def imported(path: Path) -> ModuleType:
 
 
 def job() -> Job:
-    return resolve("vae", "four-points", [0], "steps=5", None, "cpu", "float32", (), ()).jobs[0]
+    return resolve("vae", "four-points", [0], "steps=5", None, "cpu", "float32", "auto", (), ()).jobs[0]
 
 
 def test_an_edit_of_a_module_that_an_evaluator_names_makes_its_numbers_stale_and_no_others(tmp_path: Path) -> None:

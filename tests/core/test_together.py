@@ -164,7 +164,7 @@ def test_a_comparison_of_seeds_at_once(tmp_path: Path) -> None:
     measured = records["value"].notna()
     assert measured.sum() >= 6
     assert (records["value"] - one_by_one["value"])[measured].abs().max() < 1e-7
-    assert set(records["step_mode"]) == {"vectorised"}
+    assert set(records["step_mode"]) == {"vectorised auto"}
     assert records["shared_clock"].all()
     assert not records["timing_valid"].any()
     assert not one_by_one["shared_clock"].any()
@@ -302,5 +302,5 @@ def test_what_cannot_be_batched_says_so(
     records = harness.compare(method, out=tmp_path, vectorize_seeds=True, **asked)
     assert reason in caplog.messages
     assert caplog.messages.count(reason) == 1
-    assert set(records["step_mode"]) == {"eager"}
+    assert set(records["step_mode"]) == {"auto"}
     assert not records["shared_clock"].any()

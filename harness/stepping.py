@@ -1,0 +1,220 @@
+"""How the gradients of a training step are computed: as they are written, or from a recording of their operations.
+
+A recording is made once, of the losses and their derivatives together, down to tensor operations: what Python, autograd
+and `vmap` cost at every step is then paid once. On a CPU it is replayed by the same kernels in the same order, so that
+the numbers are the same to the last bit; on CUDA it becomes one CUDA graph. Compiled, its operations are fused too.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from harness.options import UserError, unknown
+from harness.players import Owned
+from harness.replicas import Drawn, Together
+
+log = logging.getLogger(__name__)
+
+Step = Literal["auto", "eager", "graph", "compile"]
+"""``auto`` is ``graph`` for all but the first steps. What cannot be recorded is computed as it is written, whatever was
+asked for."""
+
+Program = Callable[..., Sequence[Tensor]]
+"""Of the tensors of all replicas and what was drawn: the objective (R,), then a gradient (R, P) of each mover."""
+
+COMPILER: dict[str, Any] = {"compile_threads": 1}  # a pool of processes would outlive a run that is killed
+FIRST_STEPS = 100  # by auto: a fit of few steps is over before a recording would have paid
+WARM_UP_RUNS = 3  # of a program before CUDA records it, as torch asks for
+CLOSE = {False: 1e-3, True: 1e-2}  # whether products are of 8 bits; compiled sums are in another order
+
+
+def parse_step(text: str) -> Step:
+    """The mode of that name.
+
+    Raises:
+        UserError: If there is none.
+    """
+    if text not in get_args(Step):
+        raise UserError(unknown("step", text, get_args(Step)))
+    return text  # type: ignore[return-value]
+
+
+class Gradients(ABC):
+    """What computes the gradients of players from what was drawn.
+
+    Args:
+        used: How: ``eager``, ``graph`` or ``compile``.
+    """
+
+    used: str
+
+    @abstractmethod
+    def __call__(self, movers: Sequence[Owned], drawn: Drawn) -> tuple[Tensor, Sequence[Tensor]]:
+        """The objective (R,), and of each of the players the gradient of its loss (R, P), until the next call."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """See that the numbers are still those of the losses as they are written.
+
+        Raises:
+            RuntimeError: If they are not.
+        """
+
+
+class Eager(Gradients):
+    """As they are written."""
+
+    used = "eager"
+
+    def __init__(self, together: Together) -> None:
+        self.together = together
+
+    def __call__(self, movers: Sequence[Owned], drawn: Drawn) -> tuple[Tensor, Sequence[Tensor]]:
+        losses = self.together.losses(drawn)
+        return losses[self.together.objective].detach().reshape(-1), differentiated(losses, movers)
+
+    def check(self) -> None: ...
+
+
+class Recorded(Gradients):
+    """From a recording for each set of players that move together; as they are written, if that cannot be made.
+
+    All tensors but what is drawn must stay where they are: parameters and buffers are changed in place.
+
+    Args:
+        after: How many steps are taken as they are written first.
+    """
+
+    used = "eager"
+
+    def __init__(self, together: Together, mode: Literal["graph", "compile"], after: int) -> None:
+        self.together, self.mode, self.after = together, mode, after
+        self.eager, self.broken = Eager(together), False
+        self.programs: dict[tuple[str, ...], Program] = {}
+        self.last: tuple[tuple[str, ...], Drawn] | None = None
+
+    def __call__(self, movers: Sequence[Owned], drawn: Drawn) -> tuple[Tensor, Sequence[Tensor]]:
+        if self.broken or self.after > 0:
+            self.after -= 1
+            return self.eager(movers, drawn)
+        names = tuple(owned.player.name for owned in movers)
+        if names not in self.programs:
+            try:
+                with self.together.clock.phase_within("compile"), self.together.buffers_kept():
+                    self.programs[names] = self._recorded(movers, drawn)
+            except torch.OutOfMemoryError:  # pyright: ignore[reportPrivateImportUsage]
+                raise
+            except Exception as error:  # of the recorder or the compiler, or of the losses: then it comes again
+                log.warning("steps are taken as they are written, not by %s: %s", self.mode, _first_line(error))
+                self.broken, self.used = True, "eager"
+                return self.eager(movers, drawn)
+            self.used = self.mode
+        self.last = names, drawn
+        return self._replayed(self.programs[names], drawn)
+
+    def check(self) -> None:
+        if self.broken or self.last is None:
+            return
+        names, drawn = self.last
+        with torch.no_grad(), self.together.buffers_kept():
+            expected = self.together.losses(drawn)[self.together.objective].reshape(-1)
+        with self.together.buffers_kept():
+            found, _ = self._replayed(self.programs[names], drawn)
+        close = CLOSE[self.together.low_precision]
+        if not torch.allclose(found, expected, rtol=close, atol=close, equal_nan=True):
+            raise RuntimeError(
+                f"the losses are {expected.tolist()} as they are written and {found.tolist()} as they were recorded: "
+                "what changes from step to step must be in buffers of the modules; --step eager does without recording"
+            )
+
+    def _replayed(self, program: Program, drawn: Drawn) -> tuple[Tensor, Sequence[Tensor]]:
+        with torch.no_grad():
+            objective, *gradients = program(*self.tensors.values(), *_flat(drawn))
+        return objective, gradients
+
+    def _recorded(self, movers: Sequence[Owned], drawn: Drawn) -> Program:
+        x, noise = drawn
+        self.tensors = self.together.tensors
+        names = [*self.tensors]
+
+        def step(*values: Tensor) -> Sequence[Tensor]:
+            tensors = dict(zip(names, values[: len(names)], strict=True))
+            x, *draws = values[len(names) :]
+            losses = self.together.losses_at(tensors, (x, dict(zip(noise, draws, strict=True))))
+            return losses[self.together.objective].detach().reshape(-1), *differentiated(losses, movers, tensors)
+
+        inputs = [*self.tensors.values(), *_flat(drawn)]
+        program: Program = make_fx(step)(*inputs)
+        if self.mode == "compile":
+            with warnings.catch_warnings():  # of the compiler's own code
+                warnings.simplefilter("ignore", DeprecationWarning)
+                program = cast(Program, torch._inductor.compile(cast(Any, program), [*inputs], options=COMPILER))
+        return program if x.device.type != "cuda" else Captured(program, inputs, fixed=len(names))
+
+
+class Captured:
+    """A program as one CUDA graph. What it returns is overwritten by the next call.
+
+    Args:
+        fixed: How many of the inputs stay where they are; the others are copied to where the graph reads them.
+    """
+
+    def __init__(self, program: Program, inputs: Sequence[Tensor], fixed: int) -> None:
+        self.fixed = fixed
+        self.read = [tensor.clone() for tensor in inputs[fixed:]]
+        arguments = [*inputs[:fixed], *self.read]
+        device = self.read[0].device
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.no_grad(), torch.cuda.stream(side):
+            for _ in range(WARM_UP_RUNS):
+                program(*arguments)
+        torch.cuda.current_stream(device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(self.graph):
+            self.outputs = program(*arguments)
+
+    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
+        for place, tensor in zip(self.read, inputs[self.fixed :], strict=True):
+            place.copy_(tensor)
+        self.graph.replay()
+        objective, *gradients = self.outputs
+        return objective.clone(), *gradients
+
+
+def gradients_by(step: str, together: Together) -> Gradients:
+    if step == "eager":
+        return Eager(together)
+    mode = "compile" if step == "compile" else "graph"
+    return Recorded(together, mode, after=FIRST_STEPS if step == "auto" else 0)
+
+
+def differentiated(
+    losses: Mapping[str, Tensor], movers: Sequence[Owned], tensors: Mapping[str, Tensor] | None = None
+) -> list[Tensor]:
+    """The gradient of each player's own loss.
+
+    Args:
+        tensors: What the losses were computed from, by name, where that is not the players' own parameters.
+    """
+    last = len(movers) - 1
+    return [
+        owned.gradient(losses[owned.player.name], tensors, keep=number < last) for number, owned in enumerate(movers)
+    ]
+
+
+def _flat(drawn: Drawn) -> list[Tensor]:
+    x, noise = drawn
+    return [x, *noise.values()]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

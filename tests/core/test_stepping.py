@@ -1,0 +1,256 @@
+"""Laws of recorded steps: what is replayed is what is written."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+import harness
+from harness import stepping
+from harness.clock import Clock
+from harness.method import Budget, Fit, Run
+from harness.options import UserError
+from harness.players import Modules, Noise
+from harness.problem import TrainingView, placed
+from harness.seeding import Streams
+from harness.testing import SmallPosteriorProblem, SmallProblem
+from harness.training import GradientMethod, fit_together
+from harness_plugins.avb import AVB
+from harness_plugins.avb_ac import AVBAC
+from harness_plugins.iaf import IAF
+from harness_plugins.vae import VAE
+
+CPU, DOUBLE = torch.device("cpu"), torch.float64
+PROBLEM = SmallProblem()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drifting(VAE):
+    """Its loss depends on a buffer that every step changes."""
+
+    name: str = "drifting"
+
+    def build(self, view: TrainingView) -> Modules:
+        modules = super().build(view)
+        modules["encoder"].register_buffer("drift", torch.ones(()))
+        return modules
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        modules["encoder"].drift.mul_(0.99)
+        return {name: loss * modules["encoder"].drift for name, loss in super().losses(modules, x, noise).items()}
+
+
+METHODS = [
+    VAE(batch_size=16),
+    Drifting(batch_size=16),
+    IAF(batch_size=16, hidden=8, context_dim=3),
+    AVB(batch_size=16, noise_dim=3, adversary_steps=3, clip_norm=0.3),
+    AVBAC(batch_size=16, noise_dim=3, kl_warmup=0.5),
+    AVBAC(batch_size=16, noise_dim=3, covariance="full", gaussian_part=True, adversary_steps=2),
+    AVBAC(batch_size=16, noise_dim=3, encoder="injected", covariance="full"),
+]
+
+
+def run_of(
+    method: GradientMethod, step: str, budget: str, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> Run:
+    streams = Streams(seed, PROBLEM.label, method.name, device)
+    products = torch.bfloat16 if dtype == torch.bfloat16 else None
+    dtype = torch.float32 if products else dtype
+    return Run(device, dtype, Budget.parse(budget), streams, Clock(device), products=products, step=step)
+
+
+def fitted(
+    method: GradientMethod, step: str, budget: str = "steps=50", dtype: torch.dtype = DOUBLE,
+    device: torch.device = CPU,
+) -> tuple[Fit, Run]:  # fmt: skip
+    run = run_of(method, step, budget, dtype, device)
+    view = PROBLEM.training_view(placed(PROBLEM, device, run.dtype), run.streams)
+    with run.clock.phase("fit"), run.streams.initial_weights(shared=False):
+        return method.fit(view, run), run
+
+
+def together(method: GradientMethod, step: str, budget: str = "steps=50") -> list[Mapping[str, Tensor]]:
+    runs = [run_of(method, step, budget, DOUBLE, CPU, seed) for seed in (0, 1, 7)]
+    for run in runs:
+        run.clock = runs[0].clock
+    views = [PROBLEM.training_view(placed(PROBLEM, CPU, DOUBLE), run.streams) for run in runs]
+    with runs[0].clock.phase("fit"):
+        fits = fit_together([method] * 3, views, runs)
+    found = [fit for fit in fits if isinstance(fit, Fit)]
+    assert [fit.step_used for fit in found] == [step] * 3
+    return [fit.state for fit in found]
+
+
+def assert_equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def assert_close(first: Mapping[str, Tensor], second: Mapping[str, Tensor], atol: float) -> None:
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, second[name], rtol=0, atol=atol, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
+def test_a_recording_gives_the_same_numbers_to_the_last_bit(method: GradientMethod, dtype: torch.dtype) -> None:
+    (eager, run), (graph, other) = (fitted(method, step, dtype=dtype) for step in ("eager", "graph"))
+    assert (eager.step_used, graph.step_used) == ("eager", "graph")
+    assert_equal(eager.state, graph.state)
+    assert [(p.step, p.objective, p.validation) for p in other.curve] == [
+        (p.step, p.objective, p.validation) for p in run.curve
+    ]
+    assert other.clock.seconds["compile"] > 0
+    assert "compile" not in run.clock.seconds
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
+def test_so_it_does_for_seeds_at_once(method: GradientMethod) -> None:
+    for eager, graph in zip(together(method, "eager"), together(method, "graph"), strict=True):
+        assert_equal(eager, graph)
+
+
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+
+
+@needs_compiler
+def test_compiled_steps_sum_in_another_order() -> None:
+    """200 steps amplify what rounding in float64 makes of that to less than 1e-8."""
+    method = AVB(batch_size=16, noise_dim=3)
+    (eager, _), (compiled, run) = (fitted(method, step, "steps=200") for step in ("eager", "compile"))
+    assert compiled.step_used == "compile"
+    assert_close(eager.state, compiled.state, 1e-8)
+    assert run.clock.seconds["compile"] > 0
+
+
+@needs_compiler
+def test_one_compiled_step_in_single_precision() -> None:
+    method = VAE(batch_size=16)
+    (eager, _), (compiled, _) = (fitted(method, step, "steps=1", torch.float32) for step in ("eager", "compile"))
+    assert compiled.step_used == "compile"
+    assert_close(eager.state, compiled.state, 1e-5)
+
+
+@needs_compiler
+def test_compiled_steps_of_seeds_at_once() -> None:
+    method = VAE(batch_size=16)
+    for eager, compiled in zip(together(method, "eager"), together(method, "compile"), strict=True):
+        assert_close(eager, compiled, 1e-8)
+
+
+def test_auto_records_when_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = AVB(batch_size=16, noise_dim=3, adversary_steps=2)
+    monkeypatch.setattr(stepping, "FIRST_STEPS", 20)
+    (short, _), (long, run) = (fitted(method, "auto", f"steps={steps}") for steps in (10, 30))
+    assert (short.step_used, long.step_used) == ("eager", "graph")
+    assert run.clock.seconds["compile"] > 0
+    assert_equal(fitted(method, "eager", "steps=30")[0].state, long.state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counted(VAE):
+    """Counts how often its losses are evaluated while it trains."""
+
+    name: str = "counted"
+    calls: ClassVar[list[int]] = []
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        if modules.training:
+            self.calls.append(1)
+        return super().losses(modules, x, noise)
+
+
+def test_losses_are_evaluated_to_record_and_to_check() -> None:
+    Counted.calls.clear()
+    _, run = fitted(Counted(batch_size=16), "graph", "steps=300")
+    checks = sum(point.validation is not None for point in run.curve)
+    assert len(Counted.calls) == 1 + checks == 21
+
+
+@dataclass(frozen=True, kw_only=True)
+class Branching(VAE):
+    """What it computes depends on numbers: that is no recording."""
+
+    name: str = "branching"
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        losses = super().losses(modules, x, noise)
+        return {name: loss if float(loss) > 4.0 else 2 * loss for name, loss in losses.items()}
+
+
+def test_what_cannot_be_recorded_is_taken_as_it_is_written(caplog: pytest.LogCaptureFixture) -> None:
+    method = Branching(batch_size=16)
+    with caplog.at_level(logging.WARNING, logger="harness"):
+        fit, _ = fitted(method, "graph")
+    assert fit.step_used == "eager"
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "steps are taken as they are written, not by graph"
+    ]
+    assert_equal(fitted(method, "eager")[0].state, fit.state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgetful(VAE):
+    """Keeps what changes from step to step where a recording does not see it."""
+
+    name: str = "forgetful"
+    weight: ClassVar[list[float]] = [0.0]
+
+    def schedule(self, modules: Modules, fraction: float) -> None:
+        self.weight[0] = fraction
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        return {name: self.weight[0] * loss for name, loss in super().losses(modules, x, noise).items()}
+
+
+def test_a_number_that_changes_outside_of_buffers_is_an_error() -> None:
+    assert fitted(Forgetful(batch_size=16), "eager")[0].step_used == "eager"
+    with pytest.raises(RuntimeError, match="must be in buffers of the modules"):
+        fitted(Forgetful(batch_size=16), "graph")
+
+
+def test_an_error_of_the_losses_stays_their_own() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Wrong(VAE):
+        def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+            raise ValueError("no such loss")
+
+    with pytest.raises(ValueError, match="no such loss"):
+        fitted(Wrong(batch_size=16), "graph")
+
+
+def test_records_say_what_was_asked_for_and_what_was_done(tmp_path: Path) -> None:
+    records = harness.compare(
+        [VAE(batch_size=16), "pyro"], SmallPosteriorProblem(), seeds=1, budget="steps=5", evaluators="elbo",
+        step="graph", out=tmp_path,
+    )  # fmt: skip
+    assert set(records["step_mode"]) == {"graph"}
+    assert dict(zip(records["method"], records["step_used"], strict=True)) == {"vae": "graph", "pyro": "eager"}
+    assert (records["compile_seconds"] > 0).tolist() == (records["method"] == "vae").tolist()
+
+
+def test_an_unknown_mode_is_named() -> None:
+    with pytest.raises(UserError, match="step 'jit'"):
+        harness.fit("vae", PROBLEM, step="jit")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["graph", "compile"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
+def test_on_cuda_too(method: GradientMethod, mode: str) -> None:
+    """In float64 over 200 steps; sums on the device have no fixed order."""
+    device = torch.device("cuda")
+    (eager, _), (recorded, _) = (fitted(method, step, "steps=200", device=device) for step in ("eager", mode))
+    assert recorded.step_used == mode
+    assert_close(eager.state, recorded.state, 1e-8)
