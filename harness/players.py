@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from harness.method import Run
 
 Noise = dict[str, Tensor]
 
 ALIGNED_ELEMENTS = 16  # 64 bytes of float32
+EPSILON = 1e-8  # of Adam
 
 
 class Modules(nn.ModuleDict):
@@ -81,19 +83,10 @@ class Owned:
         self.sizes = [p.numel() for p in self.parameters]
         self.flat = self._flattened([stacked.detach() for stacked in stacks(self.replicas).values()])
         self.rows = self.flat.unbind()
+        self.adam = Adam(self.flat, players)
         for own, row in zip(self.replicas, self.rows, strict=True):
             for parameter, part in zip(own.values(), self._parts(row), strict=True):
                 parameter.data = part.view_as(parameter)
-        groups: dict[tuple[float, tuple[float, float]], list[Tensor]] = {}
-        for player, row in zip(players, self.rows, strict=True):
-            groups.setdefault((player.lr, player.betas), []).append(row)
-        self.lrs = [lr for lr, _ in groups]
-        self.optimiser = torch.optim.Adam(
-            [{"params": rows, "betas": betas} for (_, betas), rows in groups.items()], fused=True
-        )
-        for row in self.rows:
-            moments = {name: torch.zeros_like(row) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimiser.state[row] = {"step": torch.zeros((), dtype=torch.float32, device=row.device), **moments}
 
     def batched(self) -> dict[str, Tensor]:
         """The parameters of all replicas by name, (R, *shape): views of the same memory, to differentiate with."""
@@ -113,24 +106,11 @@ class Owned:
         gradients = torch.autograd.grad(loss, parameters, torch.ones_like(loss), retain_graph=keep)
         return self._flattened(gradients)
 
-    def put(self, gradients: Tensor, clip_norm: float) -> None:
-        """Let the optimiser find the gradients (R, P), each replica's cut to the norm unless that is 0."""
-        for row, gradient in zip(self.rows, gradients, strict=True):
-            row.grad = gradient
-            if clip_norm:
-                nn.utils.clip_grad_norm_([row], clip_norm)
-
-    def step(self, lr_factor: float) -> None:
-        for group, lr in zip(self.optimiser.param_groups, self.lrs, strict=True):
-            group["lr"] = lr * lr_factor
-        self.optimiser.step()
-
     def part(self, replica: int) -> InPlace:
         """The parameters of one replica, flat, and what the optimiser knows of them."""
         if not self.parameters:
             return InPlace({})
-        row = self.rows[replica]
-        return InPlace({"flat": row, **self.optimiser.state[row]})
+        return InPlace({"flat": self.rows[replica], **self.adam.part(replica)})
 
     def _flattened(self, tensors: Sequence[Tensor]) -> Tensor:
         """Tensors (R, *shape), or (*shape) of a single replica, side by side: (R, P)."""
@@ -142,6 +122,45 @@ class Owned:
         paddings = [padding.shape[1] for padding in self.paddings]
         sizes = [size for pair in zip(self.sizes, paddings, strict=True) for size in pair]
         return list(flat.split(sizes, dim=-1))[::2]
+
+
+class Adam:
+    """Steps of Adam on the rows of a matrix (R, P), each with its player's learning rate and decay rates.
+
+    Kingma and Ba 2015, algorithm 1, https://arxiv.org/abs/1412.6980. Rows that share these are one tensor of the fused
+    kernel; torch's class would take longer to call it than a small network's row takes to compute.
+    """
+
+    def __init__(self, flat: Tensor, players: Sequence[Player]) -> None:
+        self.moments = {name: torch.zeros_like(flat) for name in ("exp_avg", "exp_avg_sq")}
+        self.settings = [(player.lr, player.betas) for player in players]
+        alike = len({*self.settings}) == 1
+        blocks = [slice(None)] if alike else [slice(row, row + 1) for row in range(len(players))]
+        counts = [torch.zeros((), dtype=torch.float32, device=flat.device) for _ in blocks]
+        self.counts = counts * len(players) if alike else counts
+        self.blocks = [
+            (*setting, block, [flat[block]], *[[moment[block]] for moment in self.moments.values()], [count])
+            for setting, block, count in zip(self.settings[: len(blocks)], blocks, counts, strict=True)
+        ]
+
+    def step(self, gradients: Tensor, clip_norm: float, lr_factor: float) -> None:
+        """Along gradients (R, P), each row's cut to that norm first, in place, unless it is 0."""
+        if clip_norm:
+            for gradient in gradients:
+                _clip(gradient, clip_norm)
+        for lr, (beta1, beta2), block, parameters, first, second, counts in self.blocks:
+            adam(
+                parameters, [gradients[block]], first, second, [], counts, fused=True, amsgrad=False, beta1=beta1,
+                beta2=beta2, lr=lr * lr_factor, weight_decay=0.0, eps=EPSILON, maximize=False,
+            )  # fmt: skip
+
+    def part(self, row: int) -> dict[str, Tensor]:
+        return {"step": self.counts[row], **{name: moment[row] for name, moment in self.moments.items()}}
+
+
+def _clip(gradient: Tensor, norm: float) -> None:
+    """As `torch.nn.utils.clip_grad_norm_` does."""
+    gradient.mul_((norm / (torch.linalg.vector_norm(gradient) + 1e-6)).clamp(max=1.0))
 
 
 def _parameters(player: Player, modules: Modules) -> Iterator[tuple[str, nn.Parameter]]:

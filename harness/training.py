@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from harness.method import Diverged, Fit, Method, Run, State
 from harness.nn import count_parameters
-from harness.players import InPlace, Modules, Noise, Owned, Player
+from harness.players import Adam, InPlace, Modules, Noise, Owned, Player
 from harness.posterior import Posterior
 from harness.problem import TrainingView
 from harness.replicas import Drawn, Replica, Together
@@ -240,9 +240,7 @@ class _Loop:
         """Update players at once; the objective before that, (R,)."""
         objective, gradients = self.gradients(movers, drawn)
         for owned, gradient in zip(movers, gradients, strict=True):
-            owned.put(gradient, self.method.clip_norm)
-        for owned in movers:
-            owned.step(self.lr_factor)
+            owned.adam.step(gradient, self.method.clip_norm, self.lr_factor)
         return objective
 
     def _parts(self, number: int) -> dict[str, Any]:
@@ -334,12 +332,9 @@ class _Loop:
 @cache
 def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     """Pay once per process for what the first step of any loop would pay: lazy imports, library and kernel set-up."""
-    layer = nn.Linear(2, 2, device=device, dtype=dtype)
-    optimiser = torch.optim.Adam(layer.parameters(), fused=True)
+    layer = nn.Linear(2, 8, device=device, dtype=dtype)
     stream = torch.Generator(device=device)
     x = torch.randn(2, 2, generator=stream, device=device, dtype=dtype)
-    for parameter, gradient in zip(
-        layer.parameters(), torch.autograd.grad(layer(x).sum(), list(layer.parameters())), strict=True
-    ):
-        parameter.grad = gradient
-    optimiser.step()
+    weight = layer.weight.detach().view(1, -1)
+    [gradient] = torch.autograd.grad(layer(x).sum(), [layer.weight])
+    Adam(weight, [Player("", (), lr=1e-3)]).step(gradient.view(1, -1), 1.0, 1.0)
