@@ -1,4 +1,4 @@
-"""Speed of annealed importance sampling against a naive implementation: per transition, at equal error, its growth.
+"""Speed of annealed importance sampling against a naive implementation: per transition, and at equal error.
 
 Ours and the naive one take turns, so that whatever else the machine does falls on both. Ratios are kept in
 ``extra_info`` and shown by ``pytest benchmarks/test_ais.py --log-cli-level=INFO``.
@@ -14,7 +14,6 @@ and at 1,000 temperatures (an hour on one core)::
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import os
@@ -35,103 +34,42 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import harness
+from benchmarks.mnist_sized import CHAINS, LEAPFROG, annealed, annealing_path, stream
 from benchmarks.naive_ais import NaiveAIS
-from harness.annealing import Annealing, Forces, Kernels, force_precision, schedule
+from benchmarks.turns import CPU, take_turns, tell, times_as_fast
+from harness.annealing import Forces
 from harness.estimators import StreamedLogMeanExp
 from harness.evaluator import EvaluationRun, Measurement
 from harness.method import Fit
-from harness.model import HasClosedForm, LatentModel
-from harness.problem import MLPSpec, Problem, placed
+from harness.model import HasClosedForm
+from harness.problem import Problem, placed
 from harness.registry import Registry
-from harness.starts import GaussianStart
 
-CPU = torch.device("cpu")
 LOG = logging.getLogger("benchmarks.ais")
 FITS = os.environ.get("HARNESS_BENCHMARK_FITS", "")
 REGISTRY = Registry.discover()
-CHAINS, LEAPFROG = 16, 10
 NAIVE_STEPS = [0.01, 0.1]  # what public code sets out from, and what a patient user might find
 
 
-def stream(seed: int) -> torch.Generator:
-    found = torch.Generator()
-    found.manual_seed(seed)
-    return found
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def tell(benchmark: BenchmarkFixture, group: str, **facts: Any) -> None:
-    """Keep facts beside the times, and show them."""
-    benchmark.group = group
-    benchmark.extra_info |= {"threads": torch.get_num_threads(), **facts}
-    LOG.info("%s: %s", group, json.dumps(benchmark.extra_info, indent=1))
-
-
-# Seconds a transition and their growth, at the size of MNIST
-
-
-def mnist_sized(images: int, forces: Forces = "auto") -> tuple[Annealing, LatentModel, torch.Tensor]:
-    """Path, model and images. Weights are random, since times do not depend on them."""
-    with torch.random.fork_rng(devices=[]):
-        model = MLPSpec(latent_dim=32).new_model((28, 28))
-    x = (torch.rand(images, 28, 28, generator=stream(0)) < 0.2).float()
-    start = GaussianStart(torch.ones(images, 32), torch.zeros(images, 32))
-    precision = force_precision(forces, model, torch.float32, CPU)
-    return Annealing(model, x, start, CHAINS, LEAPFROG, 2**30, precision), model, x
-
-
-def annealed(path: Annealing, transitions: int) -> None:
-    steps = torch.full((transitions, path.observations), 0.05)
-    with torch.no_grad():
-        path.forward(Kernels(schedule("linear", transitions + 1), steps, LEAPFROG), stream(0))
+# Seconds a transition, at the size of MNIST
 
 
 @pytest.mark.parametrize("forces", ["auto", "full"])
 def test_seconds_per_transition(benchmark: BenchmarkFixture, forces: Forces) -> None:
     """As it is by default, and with nothing in lower precision."""
     transitions = 4
-    path, model, x = mnist_sized(100, forces)
+    path, model, x = annealing_path(100, forces=forces)
     naive = NaiveAIS(temperatures=transitions, chains=CHAINS, leapfrog=LEAPFROG)
-    ours: list[float] = []
-    theirs: list[float] = []
-
-    def take_turns() -> None:
-        ours.append(seconds(lambda: annealed(path, transitions)))
-        theirs.append(seconds(lambda: naive.log_weights(model, x, stream(0))))
-
-    benchmark.pedantic(take_turns, rounds=9, warmup_rounds=1)
-    ratios = [b / a for a, b in zip(ours[1:], theirs[1:], strict=True)]
+    ways = {
+        "harness": lambda: annealed(path, transitions),
+        "naive": lambda: naive.log_weights(model, x, stream(0)),
+    }
+    times = take_turns(benchmark, ways, rounds=9)
     tell(
         benchmark,
         f"annealing, 100 images of 784 pixels, 16 chains, 10 leapfrog steps, forces in {path.forces}",
-        ms_per_transition=1000 * statistics.median(ours) / transitions,
-        naive_ms_per_transition=1000 * statistics.median(theirs) / transitions,
-        ratio=statistics.median(ratios),
-        ratios=sorted(ratios),
+        ratios=times_as_fast(times, "harness", of_one=transitions),
     )
-
-
-GROWTH = {"temperatures": [(100, n) for n in (2, 4, 8)], "images": [(n, 4) for n in (50, 100, 200)]}
-
-
-@pytest.mark.parametrize("what", GROWTH)
-def test_growth_is_linear(benchmark: BenchmarkFixture, what: str) -> None:
-    """The log-log slope of seconds against transitions and images."""
-    sizes = [images if what == "images" else transitions for images, transitions in GROWTH[what]]
-    paths = [(mnist_sized(images)[0], transitions) for images, transitions in GROWTH[what]]
-    rounds: list[list[float]] = []
-
-    def take_turns() -> None:
-        rounds.append([seconds(lambda work=work: annealed(*work)) for work in paths])
-
-    benchmark.pedantic(take_turns, rounds=5, warmup_rounds=1)
-    slopes = [float(np.polyfit(np.log(sizes), np.log(found), 1)[0]) for found in rounds[1:]]
-    tell(benchmark, f"annealing, growth with {what}", sizes=sizes, slope=statistics.median(slopes), slopes=slopes)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a process's own peak is read from /proc")

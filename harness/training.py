@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar
@@ -130,6 +130,19 @@ def fit_together(
     Raises:
         ValueError: If these cannot be trained together.
     """
+    return _trained(methods, _replicas(methods, views, runs))
+
+
+def stepper(methods: Sequence[GradientMethod], views: Sequence[TrainingView], runs: Sequence[Run]) -> Iterator[None]:
+    """The steps of a fit, or of several together, one at a time and with all that belongs to each: to time them.
+
+    Args:
+        methods, views, runs: As those of `fit_together`; one of each for a single fit.
+    """
+    return _Loop(methods, _replicas(methods, views, runs)).train()
+
+
+def _replicas(methods: Sequence[GradientMethod], views: Sequence[TrainingView], runs: Sequence[Run]) -> list[Replica]:
     if any(run.budget != runs[0].budget or run.clock is not runs[0].clock for run in runs):
         raise ValueError("fits that are trained together must share their budget and their clock")
     if runs[0].budget.unit in OF_ITS_OWN:
@@ -141,18 +154,14 @@ def fit_together(
     for method, view, run in zip(methods, views, runs, strict=True):
         with run.streams.initial_weights(shared=False):
             replicas.append(_replica(method, view, run))
-    return _trained(methods, replicas)
-
-
-def stepper(method: GradientMethod, view: TrainingView, run: Run) -> Callable[[], None]:
-    """A function that takes one step of a fit: to time it, or to look on while a method trains."""
-    return _Loop([method], [_replica(method, view, run)]).step
+    return replicas
 
 
 def _trained(methods: Sequence[GradientMethod], replicas: Sequence[Replica]) -> list[Fit | Diverged]:
     loop = _Loop(methods, replicas)
     loop.resume()
-    loop.train()
+    for _ in loop.train():
+        pass
     return [
         replica.diverged or method.fit_of(replica.view, replica.modules, loop.steps, loop.gradients.used)
         for method, replica in zip(methods, replicas, strict=True)
@@ -199,8 +208,8 @@ class _Loop:
             else CONVERGENCE_CHECK_STEPS
         )
 
-    def train(self) -> None:
-        """Train until the budget is spent."""
+    def train(self) -> Iterator[None]:
+        """Train until the budget is spent, one step after another."""
         for replica in self.replicas:
             replica.modules.train()
         by_clock = self.run.budget.unit == "seconds"
@@ -225,6 +234,7 @@ class _Loop:
                 done = done or self.run.converged() or all(replica.diverged for replica in self.replicas)
             if not done and self.run.checkpoint.due():
                 self._save()
+            yield
         for replica in self.replicas:
             if not all(bool(parameter.isfinite().all()) for parameter in replica.modules.parameters()):
                 replica.diverged = replica.diverged or Diverged(f"parameters are not finite after step {self.steps}")
