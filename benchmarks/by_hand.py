@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harness.players import Modules
+
 PIXELS, LATENTS, WIDTH, NOISE, PAIR_WIDTH, RANK = 784, 32, 300, 32, 512, 128
 LOG_EVERY = 100
 
@@ -59,6 +61,7 @@ class ByHand(nn.Module, ABC):
     """
 
     noise_sizes: Sequence[int]
+    decoder: nn.Sequential
 
     @abstractmethod
     def losses(self, x: Tensor, noise: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -69,7 +72,7 @@ class ByHand(nn.Module, ABC):
         """Update all parameters; the first loss before that."""
 
     @abstractmethod
-    def take_over(self, modules: nn.ModuleDict) -> None:
+    def take_over(self, modules: Modules) -> None:
         """Be the same function as the modules of the harness's method."""
 
 
@@ -96,7 +99,7 @@ class VAE(ByHand):
         self.optimiser.step()
         return loss.detach()
 
-    def take_over(self, modules: nn.ModuleDict) -> None:
+    def take_over(self, modules: Modules) -> None:
         copied(self.encoder.parameters(), modules["encoder"].parameters())
         copied(self.decoder.parameters(), modules["model"].parameters())
 
@@ -160,7 +163,7 @@ class AVB(ByHand):
         negative_elbo = t_posterior.mean() + minus_log_likelihood(self.decoder(z), x)
         return [negative_elbo, F.softplus(-t_posterior).mean() + F.softplus(t_prior).mean()]
 
-    def take_over(self, modules: nn.ModuleDict) -> None:
+    def take_over(self, modules: Modules) -> None:
         theirs = modules["encoder"]
         copied(self.encoder.layers.parameters(), [*theirs.trunk.layers.parameters(), *theirs.head.parameters()])
         copied([self.encoder.injection.weight], [torch.cat([theirs.trunk.injection.weight, theirs.injection.weight])])

@@ -9,15 +9,15 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from typing import Any
 
 from harness.cli import main
+from harness.players import Modules
 from harness.training import GradientMethod
 
 begun = itertools.count(1)
 
 
-def end_with_the_first(*_: Any) -> None:
+def end_with_the_first(self: GradientMethod, modules: Modules, fraction: float) -> None:
     """In the place of `GradientMethod.schedule`, which is called before each step."""
     if next(begun) == 2:
         os._exit(0)

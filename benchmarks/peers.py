@@ -7,12 +7,13 @@ selected by index, and the likelihood is given logits.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
-from pyro.optim import Adam  # pyright: ignore[reportPrivateImportUsage]
+from pyro.optim import Adam  # pyright: ignore[reportAttributeAccessIssue]
 from torch import Tensor, nn
 
 from benchmarks.by_hand import LATENTS, Images, decoder, encoder
@@ -39,6 +40,11 @@ class PyroModel(nn.Module):
     @abstractmethod
     def guide(self, x: Tensor) -> None:
         """q(z|x), of the site ``latent``."""
+
+    def loss(self, x: Tensor) -> float:
+        """A mean over observations, nats."""
+        total: Any = self.svi.evaluate_loss(x)
+        return total / len(x)
 
     def take(self, steps: int) -> None:
         for _ in range(steps):

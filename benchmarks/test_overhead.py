@@ -26,22 +26,20 @@ from benchmarks.turns import CPU, Median, take_turns, tell, times_as_fast
 from harness.nn import count_parameters
 from harness.players import Modules, NoiseStreams
 from harness.problem import placed
-from harness.registry import Registry
 from harness.training import GradientMethod, stepper
+from harness_plugins.avb import AVB
+from harness_plugins.vae import VAE
 
-METHODS: dict[str, GradientMethod] = {
-    name: entry.thing for name, entry in Registry.discover().methods.items() if name in ("vae", "avb")
-}
+METHODS: dict[str, GradientMethod] = {"vae": VAE(), "avb": AVB()}
 PROBLEM = MNISTShaped()
 HERE = Path(__file__).parent
 
 
 def networks_by_hand(method: GradientMethod) -> ByHand:
     """With the learning rates of a method's options."""
-    config = method.config
-    if method.name == "vae":
-        return by_hand.VAE(config["lr"])
-    return by_hand.SharedForwardAVB(config["lr"], config["adversary_lr"], config["beta1"])
+    if isinstance(method, AVB):
+        return by_hand.SharedForwardAVB(method.lr, method.adversary_lr, method.beta1)
+    return by_hand.VAE(method.config["lr"])
 
 
 # The loop

@@ -134,7 +134,7 @@ def take_turns(
         warm_up: Rounds that are not counted.
     """
     times: dict[str, list[float]] = {name: [] for name in ways}
-    orders = itertools.cycle([list(ways), list(reversed(ways))])
+    orders = itertools.cycle([[*ways], [*ways][::-1]])
 
     def take_turn() -> None:
         for name in next(orders):

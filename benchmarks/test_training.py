@@ -1,0 +1,55 @@
+"""Speed of a training step of every amortised method, and how much of what this machine can do it is.
+
+Run with ``pytest benchmarks/test_training.py --log-cli-level=INFO``. Steps of the harness's own loop take turns with
+products of large matrices: the ratio is of floating-point operations a second. Those of a step are its matrix products
+and convolutions; activations, likelihoods, random numbers and Adam are in its time but not in its operations.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import replace
+from typing import Literal
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.mnist_sized import MNISTShaped, looped, operations
+from benchmarks.turns import DEVICE, MatrixProduct, seconds, share_of_peak, take_turns, tell
+from harness.registry import Registry
+from harness.training import GradientMethod
+
+METHODS = {
+    name: entry.thing
+    for name, entry in Registry.discover().methods.items()
+    if isinstance(entry.thing, GradientMethod) and entry.thing.one_by_one() is None
+}
+TURN = 0.3  # seconds of steps, about
+
+
+@pytest.mark.parametrize("batch_size", [128, 512])
+@pytest.mark.parametrize("model", ["mlp", "conv1"])
+@pytest.mark.parametrize("name", METHODS)
+def test_step(benchmark: BenchmarkFixture, name: str, model: Literal["mlp", "conv1"], batch_size: int) -> None:
+    method = replace(METHODS[name], batch_size=batch_size)
+    take, product = looped(method, MNISTShaped(model=model), device=DEVICE), MatrixProduct(torch.float32, DEVICE)
+    of_a_step = operations(lambda: take(1))
+    steps = max(1, round(TURN / seconds(lambda: take(1))))
+    times = take_turns(benchmark, {"steps": lambda: take(steps), "product": product}, rounds=9)
+    tell(
+        benchmark,
+        f"training step, {name}, {model}, batch {batch_size}",
+        device=DEVICE.type,
+        steps_per_second=steps / statistics.median(times["steps"]),
+        gflop_per_step=of_a_step / 1e9,
+        peak_gflop_per_second=product.peak,
+        ratios=[share_of_peak("harness", steps * of_a_step, times["steps"], product, times["product"])],
+    )
+
+
+def test_operations_of_the_vae_are_those_of_its_layers() -> None:
+    """Two for each weight and observation forwards, four backwards, but for the first layer: x needs no gradient."""
+    first, others = 784 * 300, 300 * 300 + 300 * 64 + 32 * 300 + 300 * 300 + 300 * 784
+    take = looped(METHODS["vae"], MNISTShaped())
+    assert operations(lambda: take(1)) == 128 * (4 * first + 6 * others)
