@@ -1,0 +1,210 @@
+"""What benchmarks have told as one Markdown table, and whether it is worse than what they told before.
+
+::
+
+    pytest benchmarks --benchmark-only --benchmark-json=NEW.json
+    python -m benchmarks.table NEW.json --into results/speed
+    python -m benchmarks.table NEW.json --against results/speed/speed.json
+
+The second writes `speed.md`, and `speed.json` with as much of the measurements as the third needs. The third compares
+ratios, not times, since a machine that others use is not always as fast: one is worse if the whole of its 90 % interval
+is below that of before. Exit code 1 says that one is; 2 that a file cannot be read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Key = tuple[str, str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A ratio: how much better ours is than a peer, more than 1 being better.
+
+    Args:
+        what: The benchmark's group.
+        our_value, peer_value: In ``unit``.
+        low, high: The 90 % interval of ``median``, that of the rounds.
+    """
+
+    what: str
+    ours: str
+    peer: str
+    unit: str
+    our_value: float
+    peer_value: float
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    @property
+    def key(self) -> Key:
+        return self.what, self.ours, self.peer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Another median with its interval: a slope, or seconds."""
+
+    what: str
+    name: str
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What was told in one run.
+
+    Args:
+        machine: Processor, its cores, and the threads that were used.
+    """
+
+    machine: str
+    lines: Sequence[Line]
+    measures: Sequence[Measure]
+
+
+def read(measured: Mapping[str, Any]) -> Speeds:
+    """From the content of a file of ``--benchmark-json``, or of a `speed.json`.
+
+    Raises:
+        ValueError: If it is something else, or if two ratios have the same name.
+    """
+    try:
+        benchmarks = sorted(measured["benchmarks"], key=lambda each: each["fullname"])
+        lines = [_line(each["group"], ratio) for each in benchmarks for ratio in each["extra_info"].get("ratios", [])]
+        measures = [
+            Measure(what=each["group"], name=name, **median)
+            for each in benchmarks
+            for name, median in each["extra_info"].get("measures", {}).items()
+        ]
+        machine = _machine(measured["machine_info"], benchmarks)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"expected a file of --benchmark-json: {type(error).__name__}: {error}") from error
+    twice = sorted({line.key for line in lines if sum(line.key == other.key for other in lines) > 1})
+    if twice:
+        raise ValueError(f"two ratios have the name {', '.join(twice[0])}")
+    return Speeds(machine, lines, measures)
+
+
+def _line(what: str, ratio: Mapping[str, Any]) -> Line:
+    flat = {name: value for name, value in ratio.items() if name != "ratio"}
+    return Line(what=what, **flat, **ratio["ratio"])
+
+
+def _machine(info: Mapping[str, Any], benchmarks: Sequence[Mapping[str, Any]]) -> str:
+    cpu = info["cpu"]
+    threads = sorted({each["extra_info"]["threads"] for each in benchmarks if "threads" in each["extra_info"]})
+    return f"{cpu.get('brand_raw', 'unknown processor')}, {cpu.get('count', '?')} cores, threads {threads}"
+
+
+def slim(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """The part that `read` reads: without the single rounds, and without the name of the machine."""
+    cpu = measured["machine_info"]["cpu"]
+    return {
+        "machine_info": {"cpu": {name: cpu[name] for name in ("brand_raw", "count") if name in cpu}},
+        "benchmarks": [
+            {name: each[name] for name in ("fullname", "group", "extra_info")} for each in measured["benchmarks"]
+        ],
+    }
+
+
+def markdown(speeds: Speeds) -> str:
+    ratios = [
+        f"| {line.what} | {line.ours}, {value(line.our_value, line.unit)} | "
+        f"{line.peer}, {value(line.peer_value, line.unit)} | {with_interval(line)} | {line.rounds} |"
+        for line in speeds.lines
+    ]
+    measures = [f"| {each.what} | {each.name} | {with_interval(each)} | {each.rounds} |" for each in speeds.measures]
+    return "\n".join(
+        [
+            "# Speed",
+            "",
+            f"Machine: {speeds.machine}. All sides took turns in the same run. A ratio is the median of those of the",
+            "rounds, in brackets with a 90 % interval of that median; above 1 ours is the faster one.",
+            "",
+            "| what | ours | peer | ratio | rounds |",
+            "| --- | ---: | ---: | ---: | ---: |",
+            *ratios,
+            "",
+            "| what | measure | median | rounds |",
+            "| --- | --- | ---: | ---: |",
+            *measures,
+            "",
+        ]
+    )
+
+
+def value(number: float, unit: str) -> str:
+    return f"{1000 * number:.3g} ms" if unit == "s" and number < 1 else f"{number:.3g} {unit}"
+
+
+def with_interval(each: Line | Measure) -> str:
+    return f"{each.median:.3g} ({each.low:.3g}, {each.high:.3g})"
+
+
+def worse(new: Speeds, before: Speeds) -> list[str]:
+    """Ratios that have fallen: a line for each."""
+    known = {line.key: line for line in before.lines}
+    return [
+        f"{line.what}: {line.ours} against {line.peer} was {with_interval(known[line.key])}, is {with_interval(line)}"
+        for line in new.lines
+        if line.key in known and line.high < known[line.key].low
+    ]
+
+
+def not_compared(new: Speeds, before: Speeds) -> list[str]:
+    """What says nothing of whether it is worse: a line for each."""
+    found, known = {line.key for line in new.lines}, {line.key for line in before.lines}
+    notes = [f"not measured this time: {', '.join(key)}" for key in sorted(known - found)]
+    notes += [f"not measured before: {', '.join(key)}" for key in sorted(found - known)]
+    if new.machine != before.machine:
+        notes.append(f"another machine: {before.machine} before, {new.machine} now")
+    return notes
+
+
+def loaded(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description="Speeds as a table, or compared.")
+    parser.add_argument("new", type=Path, help="file of --benchmark-json")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--into", type=Path, default=Path("results/speed"), help="folder of the table")
+    what.add_argument("--against", type=Path, help="file of --benchmark-json, or speed.json, of an earlier run")
+    asked = parser.parse_args(arguments)
+    try:
+        measured = loaded(asked.new)
+        new = read(measured)
+        before = None if asked.against is None else read(loaded(asked.against))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    if before is None:
+        asked.into.mkdir(parents=True, exist_ok=True)
+        (asked.into / "speed.md").write_text(markdown(new), encoding="utf-8")
+        (asked.into / "speed.json").write_text(json.dumps(slim(measured), indent=1) + "\n", encoding="utf-8")
+        return 0
+    fallen = worse(new, before)
+    _say([*not_compared(new, before), *(f"worse: {line}" for line in fallen)])
+    _say([f"{len(fallen)} of {len(new.lines)} ratios are worse"])
+    return 1 if fallen else 0
+
+
+def _say(lines: Sequence[str]) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
