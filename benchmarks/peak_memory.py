@@ -1,25 +1,33 @@
-"""By how much annealed importance sampling raises the peak of a process's memory; to be run in a fresh process.
+"""By how much work raises the peak of a process's memory; to be run in a fresh process.
 
-``python peak_memory.py ours|naive IMAGES MEMORY_MIB`` writes the bytes.
+``python peak_memory.py annealing ours|naive IMAGES MEMORY_MIB`` and ``python peak_memory.py evaluation METHOD PROBLEM
+EVALUATOR SAMPLES`` write the bytes.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import psutil
 import torch
 from naive_ais import NaiveAIS
 
+import harness
 from harness.annealing import Annealing, Kernels, schedule
 from harness.clock import Clock
-from harness.problem import MLPSpec
+from harness.evaluator import EvaluationRun, Evaluator
+from harness.problem import MLPSpec, Problem, placed
+from harness.registry import Registry
 from harness.starts import GaussianStart
 
 CHAINS, LEAPFROG, TEMPERATURES, LATENT = 16, 2, 3, 32
+CPU = torch.device("cpu")
+FEW_SAMPLES = 50
 
 
-def run(who: str, images: int, memory: int) -> None:
+def annealing(who: str, images: int, memory: int) -> None:
     model = MLPSpec(latent_dim=LATENT).new_model((28, 28))
     x, stream = torch.zeros(images, 28, 28), torch.Generator()
     if who == "naive":
@@ -28,18 +36,48 @@ def run(who: str, images: int, memory: int) -> None:
     start = GaussianStart(torch.ones(images, LATENT), torch.zeros(images, LATENT))
     steps = torch.full((TEMPERATURES - 1, images), 0.01)
     path = Annealing(model, x, start, CHAINS, LEAPFROG, memory)
-    path.forward(Kernels(schedule("linear", TEMPERATURES), steps, LEAPFROG), stream)
+    with torch.no_grad():
+        path.forward(Kernels(schedule("linear", TEMPERATURES), steps, LEAPFROG), stream)
 
 
-def main(who: str, images: str, memory_mib: str) -> None:
-    memory = int(memory_mib) * 2**20
-    with torch.set_grad_enabled(who == "naive"):
-        run(who, 1, memory)  # what libraries set up at their first use
-        before = psutil.Process().memory_info().rss
-        clock = Clock(torch.device("cpu"))
-        with clock.phase("run"):
-            run(who, int(images), memory)
-    sys.stdout.write(str(clock.peak_bytes["run"] - before))
+def evaluation(method: str, problem_name: str, evaluator_name: str) -> Callable[[int], None]:
+    """What measures a fit with so many samples."""
+    registry, problem = Registry.discover(), selected_problem(problem_name)
+    fit = harness.fit(method, problem, budget="steps=1")
+    run = EvaluationRun(placed(problem, CPU, torch.float32), problem, CPU, torch.float32, 0)
+
+    def measure(samples: int) -> None:
+        evaluator: Evaluator
+        [evaluator] = registry.select("evaluators", f"{evaluator_name}[observations=1,samples={samples}]")
+        with torch.no_grad():
+            evaluator.measure(fit, problem, run)
+
+    return measure
+
+
+def selected_problem(name: str) -> Problem:
+    [found] = Registry.discover().select("problems", name)
+    return found
+
+
+def raised(first: Callable[[], Any], work: Callable[[], Any]) -> int:
+    """Bytes by which work raises the peak, after what libraries set up at their first use."""
+    first()
+    before = psutil.Process().memory_info().rss
+    clock = Clock(CPU)
+    with clock.phase("run"):
+        work()
+    return clock.peak_bytes["run"] - before
+
+
+def main(what: str, *words: str) -> None:
+    if what == "annealing":
+        who, images, memory = words[0], int(words[1]), int(words[2]) * 2**20
+        found = raised(lambda: annealing(who, 1, memory), lambda: annealing(who, images, memory))
+    else:
+        measure = evaluation(*words[:3])
+        found = raised(lambda: measure(FEW_SAMPLES), lambda: measure(int(words[3])))
+    sys.stdout.write(str(found))
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def test_memory(benchmark: BenchmarkFixture) -> None:
     here = Path(__file__).parent
 
     def grown(who: str) -> float:
-        command = [sys.executable, here / "peak_memory.py", who, str(images), str(budget_mib)]
+        command = [sys.executable, here / "peak_memory.py", "annealing", who, str(images), str(budget_mib)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), os.environ.get("PYTHONPATH", "")])}
         return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout) / 2**20
 
