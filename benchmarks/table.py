@@ -29,7 +29,7 @@ class Line:
     """A ratio: how much better ours is than a peer, more than 1 being better.
 
     Args:
-        what: The benchmark's group.
+        what: What the benchmark is called.
         our_value, peer_value: In ``unit``.
         low, high: The 90 % interval of ``median``, that of the rounds.
     """
@@ -83,13 +83,14 @@ def read(measured: Mapping[str, Any]) -> Speeds:
     """
     try:
         benchmarks = sorted(measured["benchmarks"], key=lambda each: each["fullname"])
-        lines = [_line(each["group"], ratio) for each in benchmarks for ratio in each["extra_info"].get("ratios", [])]
+        told = [each["extra_info"] for each in benchmarks if "what" in each["extra_info"]]
+        lines = [_line(each["what"], ratio) for each in told for ratio in each.get("ratios", [])]
         measures = [
-            Measure(what=each["group"], name=name, **median)
-            for each in benchmarks
-            for name, median in each["extra_info"].get("measures", {}).items()
+            Measure(what=each["what"], name=name, **median)
+            for each in told
+            for name, median in each.get("measures", {}).items()
         ]
-        machine = _machine(measured["machine_info"], benchmarks)
+        machine = _machine(measured["machine_info"], told)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"expected a file of --benchmark-json: {type(error).__name__}: {error}") from error
     twice = sorted({line.key for line in lines if sum(line.key == other.key for other in lines) > 1})
@@ -103,9 +104,8 @@ def _line(what: str, ratio: Mapping[str, Any]) -> Line:
     return Line(what=what, **flat, **ratio["ratio"])
 
 
-def _machine(info: Mapping[str, Any], benchmarks: Sequence[Mapping[str, Any]]) -> str:
-    cpu = info["cpu"]
-    threads = sorted({each["extra_info"]["threads"] for each in benchmarks if "threads" in each["extra_info"]})
+def _machine(info: Mapping[str, Any], told: Sequence[Mapping[str, Any]]) -> str:
+    cpu, threads = info["cpu"], sorted({each["threads"] for each in told})
     return f"{cpu.get('brand_raw', 'unknown processor')}, {cpu.get('count', '?')} cores, threads {threads}"
 
 
@@ -114,9 +114,7 @@ def slim(measured: Mapping[str, Any]) -> dict[str, Any]:
     cpu = measured["machine_info"]["cpu"]
     return {
         "machine_info": {"cpu": {name: cpu[name] for name in ("brand_raw", "count") if name in cpu}},
-        "benchmarks": [
-            {name: each[name] for name in ("fullname", "group", "extra_info")} for each in measured["benchmarks"]
-        ],
+        "benchmarks": [{name: each[name] for name in ("fullname", "extra_info")} for each in measured["benchmarks"]],
     }
 
 

@@ -120,6 +120,6 @@ def test_step_with_seeds_at_once(benchmark: BenchmarkFixture, method: GradientMe
     at_once, one = f"{most} seeds at once", "one after another"
     tell(
         benchmark,
-        str(benchmark.group),
+        f"training step, {method.name} on {problem.label}, seeds at once",
         ratios=times_as_fast({at_once: times[str(most)], one: [most * each for each in times["1"]]}, at_once),
     )

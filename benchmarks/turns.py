@@ -145,11 +145,14 @@ def take_turns(
     return {name: found[uncounted:] for name, found in times.items()}
 
 
-def tell(benchmark: BenchmarkFixture, group: str, **facts: Any) -> None:
-    """Keep facts beside the times, and show them; what is a dataclass as its fields."""
-    benchmark.group = group
-    benchmark.extra_info |= {"threads": torch.get_num_threads(), **_plain(facts)}
-    LOG.info("%s: %s", group, json.dumps(benchmark.extra_info, indent=1))
+def tell(benchmark: BenchmarkFixture, what: str, **facts: Any) -> None:
+    """Keep facts beside the times, and show them; what is a dataclass as its fields.
+
+    Args:
+        facts: Among them may be ``ratios``, a list of `Ratio`, and ``measures``, each a `Median` by its name.
+    """
+    benchmark.extra_info |= {"what": what, "threads": torch.get_num_threads(), **_plain(facts)}
+    LOG.info("%s", json.dumps(benchmark.extra_info, indent=1))
 
 
 def _plain(thing: Any) -> Any:

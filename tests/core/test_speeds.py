@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,11 +81,10 @@ def measured(low: float = 0.9, high: float = 1.1, *, peer: str = "by hand", core
         "benchmarks": [
             {
                 "fullname": "benchmarks/test_x.py::test_y",
-                "group": "training loop",
-                "extra_info": {"threads": 2, "ratios": [facts], "measures": {"slope": ratio}},
+                "extra_info": {"what": "training loop", "threads": 2, "ratios": [facts], "measures": {"slope": ratio}},
                 "stats": {"data": [1.0]},
             },
-            {"fullname": "benchmarks/test_x.py::test_z", "group": None, "extra_info": {}, "stats": {}},
+            {"fullname": "benchmarks/test_x.py::test_z", "extra_info": {}, "stats": {}},
         ],
     }
 
@@ -145,6 +145,31 @@ def test_the_command_writes_and_compares(tmp_path: Path) -> None:
     assert (same.returncode, same.stdout) == (0, "0 of 1 ratios are worse\n")
     assert worse.returncode == 1
     assert "worse: training loop: harness against by hand was 1 (0.9, 1.1), is 0.55 (0.5, 0.6)" in worse.stdout
+
+
+TINY = """
+from benchmarks.turns import Median, take_turns, tell, times_as_fast
+
+def test_tiny(benchmark):
+    times = take_turns(benchmark, {"ours": lambda: None, "theirs": lambda: sum(range(10_000))}, rounds=6)
+    tell(benchmark, "tiny", ratios=times_as_fast(times, "ours"), measures={"seconds": Median.of(times["ours"])})
+"""
+
+
+def test_what_a_benchmark_tells_is_in_the_table(tmp_path: Path) -> None:
+    """As pytest-benchmark keeps it, in the other order every second round and without the round before."""
+    (tmp_path / "test_tiny.py").write_text(TINY)
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    environment.pop("HARNESS_BENCHMARK_ROUNDS", None)
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", ".", "--benchmark-json=new.json"],
+        cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=120,
+    )  # fmt: skip
+    found = table.read(json.loads((tmp_path / "new.json").read_text()))
+    [line], [measure] = found.lines, found.measures
+    assert (line.key, line.rounds, measure.name) == (("tiny", "ours", "theirs"), 6, "seconds")
+    assert 1 < line.low <= line.median <= line.high
 
 
 @pytest.mark.parametrize("content", ["{}", "no JSON", '{"benchmarks": [{}]}'])
