@@ -15,6 +15,7 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from harness.options import UserError, unknown
 from harness.players import Owned
@@ -140,8 +141,6 @@ class Recorded(Gradients):
         return objective, gradients
 
     def _recorded(self, movers: Sequence[Owned], drawn: Drawn) -> Program:
-        from torch.fx.experimental.proxy_tensor import make_fx  # takes a second to import
-
         x, noise = drawn
         self.tensors = self.together.tensors
         names = [*self.tensors]
