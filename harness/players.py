@@ -128,7 +128,7 @@ class Adam:
     """Steps of Adam on the rows of a matrix (R, P), each with its player's learning rate and decay rates.
 
     Kingma and Ba 2015, algorithm 1, https://arxiv.org/abs/1412.6980. Rows that share these are one tensor of the fused
-    kernel; torch's class would take longer to call it than a small network's row takes to compute.
+    kernel. Torch's own class loads torch's compiler at its first step, which takes a second.
     """
 
     def __init__(self, flat: Tensor, players: Sequence[Player]) -> None:
