@@ -12,6 +12,7 @@ import sys
 import textwrap
 import time
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +261,9 @@ def test_nothing_is_left_running_when_the_command_ends(tmp_path: Path, number: i
     """An interrupt keeps what the fits have come to; so do the workers of a command that was killed."""
     words = ["compare", "--methods", METHODS, "--problems", "four-points", "--seeds", "1", "--jobs", "2"]
     words += ["--budget", "steps=1000000", "--evaluators", "exact", "--out", str(tmp_path)]
-    process = subprocess.Popen([*HARNESS, *words], stderr=subprocess.PIPE, text=True)
+    # Tests that run in the background may have been started with SIGINT ignored, which is inherited.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen([*HARNESS, *words], stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     assert process.stderr is not None
     workers: list[psutil.Process] = []
     try:
