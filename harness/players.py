@@ -146,8 +146,8 @@ class Adam:
     def step(self, gradients: Tensor, clip_norm: float, lr_factor: float) -> None:
         """Along gradients (R, P), each row's cut to that norm first, in place, unless it is 0."""
         if clip_norm:
-            for gradient in gradients:
-                _clip(gradient, clip_norm)
+            for row in range(len(gradients)):
+                _clip(gradients[row], clip_norm)
         for lr, (beta1, beta2), block, parameters, first, second, counts in self.blocks:
             adam(
                 parameters, [gradients[block]], first, second, [], counts, fused=True, amsgrad=False, beta1=beta1,

@@ -154,7 +154,7 @@ class Recorded(Gradients):
         inputs = [*self.tensors.values(), *_flat(drawn)]
         program: Program = make_fx(step)(*inputs)
         if self.mode == "compile":
-            with warnings.catch_warnings():  # of the compiler's own code
+            with torch.no_grad(), warnings.catch_warnings():  # of the compiler's own code
                 warnings.simplefilter("ignore", DeprecationWarning)
                 program = cast(Program, torch._inductor.compile(cast(Any, program), [*inputs], options=COMPILER))
         return program if x.device.type != "cuda" else Captured(program, inputs, fixed=len(names))
