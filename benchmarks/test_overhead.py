@@ -119,7 +119,7 @@ OPTIMISER = "torch.optim.Adam([torch.zeros(1, requires_grad=True)])"  # the firs
 def test_start(benchmark: BenchmarkFixture, tmp_path: Path) -> None:
     """From the start of a new process with `harness compare` to the end of its first training step.
 
-    Beside it the import of torch alone, and that with the first optimiser, which every training needs.
+    Beside it the import of torch alone, and that with the first of its optimisers, as most training has one.
     """
     words = ["compare", "--methods", "vae", "--problems", "four-points", "--seeds", "1", "--budget", "steps=2"]
     numbers = itertools.count()

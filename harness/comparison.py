@@ -74,7 +74,7 @@ def compare(
         precision: ``float32``, ``float64``, or ``bf16``: layers of networks multiply in bfloat16 while they train.
         step: How a step of training is taken: ``eager``, operation by operation; ``graph``, from a recording of them,
             to the same numbers on a CPU; ``compile``, the recording compiled; ``auto`` is ``graph`` after the first 100
-            steps. Methods that cannot be recorded take theirs eagerly; what was done is in the column ``step_used``.
+            updates. Methods that cannot be recorded take theirs eagerly; what was done is in the column ``step_used``.
         vectorize_seeds: Fit all seeds of a method on a problem, and its learning rates, as one batched program. Each
             is the fit of its seed alone, but for the order of sums; they share a clock. Methods that cannot be batched
             are fitted one by one, with a warning in the log, and so are budgets of seconds or convergence.

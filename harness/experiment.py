@@ -41,7 +41,6 @@ class Suite:
     budget: str = ""
     seeds: tuple[int, ...] = ()
     precision: str = "float32"
-    step: str = "auto"
 
 
 # What is shown

@@ -243,7 +243,7 @@ class Method(Configurable, ABC):
         return None
 
     def one_by_one(self) -> str | None:
-        """Why fits from several seeds cannot be one batched program, or None."""
+        """Why fits from several seeds cannot be one batched program, nor their steps be recorded, or None."""
         return "it has no steps that could be batched"
 
     def full_precision_only(self) -> str | None:

@@ -122,6 +122,18 @@ def configure(prototype: C, options: Mapping[str, str]) -> C:
     return dataclasses.replace(prototype, **values)  # type: ignore[type-var]
 
 
+def one_of(what: str, text: str, known: Iterable[str]) -> str:
+    """The text, which must be one of the names.
+
+    Raises:
+        UserError: If it is none of them.
+    """
+    names = list(known)
+    if text not in names:
+        raise UserError(unknown(what, text, names))
+    return text
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> str:
     """The message for a name that is not known, with the nearest one that is."""
     names = {name.casefold(): name for name in sorted(known)}

@@ -17,7 +17,7 @@ from harness.checkpoint import Reached, reached
 from harness.evaluator import Evaluator
 from harness.job import VECTORISED, Job, evaluator_file, is_measured
 from harness.method import Budget, Method
-from harness.options import UserError, parse_seeds, unknown
+from harness.options import UserError, one_of, parse_seeds
 from harness.precision import parse_precision
 from harness.problem import DataError, Problem, loaded
 from harness.record import STATUSES
@@ -185,17 +185,12 @@ def select(registry: Registry, kind: str, selection: Selection) -> list[Any]:
 
 def _statuses(retry: Iterable[str]) -> frozenset[str]:
     known = [status for status in STATUSES if status not in ("ok", "skipped")]
-    for status in retry:
-        if status not in known:
-            raise UserError(unknown("status to retry", status, known))
-    return frozenset(retry)
+    return frozenset(one_of("status to retry", status, known) for status in retry)
 
 
 def find_device(name: str) -> torch.device:
-    if name == "auto":
+    if one_of("device", name, ["auto", "cpu", "cuda"]) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise UserError(unknown("device", name, ["auto", "cpu", "cuda"]))
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device 'cuda' is not available on this machine; use --device cpu or auto")
     return torch.device(name)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from harness.options import UserError, unknown
+from harness.options import one_of
 
 Precision = Literal["float32", "bf16", "float64"]
 """In ``bf16`` the layers of networks multiply in bfloat16 while they train; all else, losses, log densities, parameters
@@ -27,9 +27,7 @@ def parse_precision(text: str) -> Precision:
     Raises:
         UserError: If there is none.
     """
-    if text not in get_args(Precision):
-        raise UserError(unknown("precision", text, get_args(Precision)))
-    return text  # type: ignore[return-value]
+    return cast(Precision, one_of("precision", text, get_args(Precision)))
 
 
 def dtype_of(precision: Precision) -> torch.dtype:

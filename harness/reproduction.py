@@ -180,7 +180,6 @@ def _arguments(suite: Suite, seeds: Sequence[int], folder: Path) -> dict[str, An
         "budget": suite.budget or None,
         "evaluators": suite.evaluators,
         "precision": suite.precision,
-        "step": suite.step,
         "out": folder / suite.name,
     }
 

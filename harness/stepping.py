@@ -17,21 +17,22 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from harness.options import UserError, unknown
+from harness.options import one_of
 from harness.players import Owned
 from harness.replicas import Drawn, Together
 
 log = logging.getLogger(__name__)
 
 Step = Literal["auto", "eager", "graph", "compile"]
-"""``auto`` is ``graph`` for all but the first steps. What cannot be recorded is computed as it is written, whatever was
-asked for."""
+"""``auto`` is ``graph`` for all but the first updates. What cannot be recorded is computed as it is written, whatever
+was asked for."""
 
 Program = Callable[..., Sequence[Tensor]]
-"""Of the tensors of all replicas and what was drawn: the objective (R,), then a gradient (R, P) of each mover."""
+"""Of the tensors of all replicas and what was drawn: the objective (R,), the movers' losses (M, R), then the gradient
+(R, P) of each mover."""
 
 COMPILER: dict[str, Any] = {"compile_threads": 1}  # a pool of processes would outlive a run that is killed
-FIRST_STEPS = 100  # by auto: a fit of few steps is over before a recording would have paid
+FIRST_UPDATES = 100  # by auto: a fit of few steps is over before a recording would have paid
 WARM_UP_RUNS = 3  # of a program before CUDA records it, as torch asks for
 CLOSE = {False: 1e-3, True: 1e-2}  # whether products are of 8 bits; compiled sums are in another order
 
@@ -42,9 +43,7 @@ def parse_step(text: str) -> Step:
     Raises:
         UserError: If there is none.
     """
-    if text not in get_args(Step):
-        raise UserError(unknown("step", text, get_args(Step)))
-    return text  # type: ignore[return-value]
+    return cast(Step, one_of("step", text, get_args(Step)))
 
 
 class Gradients(ABC):
@@ -90,7 +89,7 @@ class Recorded(Gradients):
     All tensors but what is drawn must stay where they are: parameters and buffers are changed in place.
 
     Args:
-        after: How many steps are taken as they are written first.
+        after: How many updates are computed as they are written first.
     """
 
     used = "eager"
@@ -99,7 +98,7 @@ class Recorded(Gradients):
         self.together, self.mode, self.after = together, mode, after
         self.eager, self.broken = Eager(together), False
         self.programs: dict[tuple[str, ...], Program] = {}
-        self.last: tuple[tuple[str, ...], Drawn] | None = None
+        self.last: dict[tuple[str, ...], Drawn] = {}
 
     def __call__(self, movers: Sequence[Owned], drawn: Drawn) -> tuple[Tensor, Sequence[Tensor]]:
         if self.broken or self.after > 0:
@@ -117,41 +116,41 @@ class Recorded(Gradients):
                 self.broken, self.used = True, "eager"
                 return self.eager(movers, drawn)
             self.used = self.mode
-        self.last = names, drawn
-        return self._replayed(self.programs[names], drawn)
+        self.last[names] = drawn
+        objective, _, *gradients = self._replayed(names, drawn)
+        return objective, gradients
 
     def check(self) -> None:
-        if self.broken or self.last is None:
-            return
-        names, drawn = self.last
-        with torch.no_grad(), self.together.buffers_kept():
-            expected = self.together.losses(drawn)[self.together.objective].reshape(-1)
-        with self.together.buffers_kept():
-            found, _ = self._replayed(self.programs[names], drawn)
-        close = CLOSE[self.together.low_precision]
-        if not torch.allclose(found, expected, rtol=close, atol=close, equal_nan=True):
-            raise RuntimeError(
-                f"the losses are {expected.tolist()} as they are written and {found.tolist()} as they were recorded: "
-                "what changes from step to step must be in buffers of the modules; --step eager does without recording"
-            )
+        for names, drawn in self.last.items() if not self.broken else ():
+            with torch.no_grad(), self.together.buffers_kept():
+                expected = _of(names, self.together.losses(drawn))
+            with self.together.buffers_kept():
+                _, found, *_ = self._replayed(names, drawn)
+            close = CLOSE[self.together.low_precision]
+            if not torch.allclose(found, expected, rtol=close, atol=close, equal_nan=True):
+                raise RuntimeError(
+                    f"losses {', '.join(names)} are {expected.tolist()} as they are written and {found.tolist()} as "
+                    "they were recorded: what changes from step to step must be in buffers of the modules; --step "
+                    "eager does without recording"
+                )
 
-    def _replayed(self, program: Program, drawn: Drawn) -> tuple[Tensor, Sequence[Tensor]]:
+    def _replayed(self, names: tuple[str, ...], drawn: Drawn) -> Sequence[Tensor]:
         with torch.no_grad():
-            objective, *gradients = program(*self.tensors.values(), *_flat(drawn))
-        return objective, gradients
+            return self.programs[names](*self.together.tensors.values(), *_flat(drawn))
 
     def _recorded(self, movers: Sequence[Owned], drawn: Drawn) -> Program:
         x, noise = drawn
-        self.tensors = self.together.tensors
-        names = [*self.tensors]
+        names = [*self.together.tensors]
+        players = [owned.player.name for owned in movers]
 
         def step(*values: Tensor) -> Sequence[Tensor]:
             tensors = dict(zip(names, values[: len(names)], strict=True))
             x, *draws = values[len(names) :]
             losses = self.together.losses_at(tensors, (x, dict(zip(noise, draws, strict=True))))
-            return losses[self.together.objective].detach().reshape(-1), *differentiated(losses, movers, tensors)
+            objective = losses[self.together.objective].detach().reshape(-1)
+            return objective, _of(players, losses).detach(), *differentiated(losses, movers, tensors)
 
-        inputs = [*self.tensors.values(), *_flat(drawn)]
+        inputs = [*self.together.tensors.values(), *_flat(drawn)]
         program: Program = make_fx(step)(*inputs)
         if self.mode == "compile":
             with torch.no_grad(), warnings.catch_warnings():  # of the compiler's own code
@@ -194,7 +193,7 @@ def gradients_by(step: str, together: Together) -> Gradients:
     if step == "eager":
         return Eager(together)
     mode = "compile" if step == "compile" else "graph"
-    return Recorded(together, mode, after=FIRST_STEPS if step == "auto" else 0)
+    return Recorded(together, mode, after=FIRST_UPDATES if step == "auto" else 0)
 
 
 def differentiated(
@@ -209,6 +208,11 @@ def differentiated(
     return [
         owned.gradient(losses[owned.player.name], tensors, keep=number < last) for number, owned in enumerate(movers)
     ]
+
+
+def _of(players: Sequence[str], losses: Mapping[str, Tensor]) -> Tensor:
+    """The losses of some players: (M, R)."""
+    return torch.stack([losses[name].reshape(-1) for name in players])
 
 
 def _flat(drawn: Drawn) -> list[Tensor]:

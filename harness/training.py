@@ -90,7 +90,7 @@ class GradientMethod(Method):
         """
 
     def one_by_one(self) -> str | None:
-        return None if type(self).fit is GradientMethod.fit else "it has a loop of its own"
+        return self.full_precision_only()
 
     def full_precision_only(self) -> str | None:
         return None if type(self).fit is GradientMethod.fit else "it has a loop of its own"

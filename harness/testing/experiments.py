@@ -21,7 +21,6 @@ from harness.method import Budget
 from harness.precision import parse_precision
 from harness.registry import Registry
 from harness.rehearsal import rehearse
-from harness.stepping import parse_step
 from harness.testing.laws import check_options, require
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
@@ -79,7 +78,6 @@ def _check_suite(what: str, suite: Suite, registry: Registry) -> None:
     if suite.budget:
         Budget.parse(suite.budget)
     parse_precision(suite.precision)
-    parse_step(suite.step)
 
 
 def _check_contents(what: str, contents: Contents, suites: Mapping[str, Suite]) -> None:

@@ -150,7 +150,7 @@ def test_compiled_steps_of_seeds_at_once() -> None:
 
 def test_auto_records_when_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     method = AVB(batch_size=16, noise_dim=3, adversary_steps=2)
-    monkeypatch.setattr(stepping, "FIRST_STEPS", 20)
+    monkeypatch.setattr(stepping, "FIRST_UPDATES", 20)
     (short, _), (long, run) = (fitted(method, "auto", f"steps={steps}") for steps in (10, 30))
     assert (short.step_used, long.step_used) == ("eager", "graph")
     assert run.clock.seconds["compile"] > 0
@@ -217,6 +217,27 @@ def test_a_number_that_changes_outside_of_buffers_is_an_error() -> None:
     assert fitted(Forgetful(batch_size=16), "eager")[0].step_used == "eager"
     with pytest.raises(RuntimeError, match="must be in buffers of the modules"):
         fitted(Forgetful(batch_size=16), "graph")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgetfulAdversary(AVB):
+    """The same, of a loss that no training curve shows, and which is in the recording of further steps too."""
+
+    name: str = "forgetful-adversary"
+    weight: ClassVar[list[float]] = [0.0]
+
+    def schedule(self, modules: Modules, fraction: float) -> None:
+        self.weight[0] = fraction
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        losses = super().losses(modules, x, noise)
+        return {**losses, "adversary": self.weight[0] * losses["adversary"]}
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_so_it_is_for_every_player(steps: int) -> None:
+    with pytest.raises(RuntimeError, match=r"adversary are .* must be in buffers of the modules"):
+        fitted(ForgetfulAdversary(batch_size=16, noise_dim=3, adversary_steps=steps), "graph")
 
 
 def test_an_error_of_the_losses_stays_their_own() -> None:
