@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Annotated, ClassVar
 
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -59,6 +59,8 @@ class AVB(GradientMethod):
 
     Args:
         noise_dim: Dimensions of the encoder's noise eps.
+        clip_norm: Largest norm of a player's gradient, 0 for no clipping, as in the released code: there a single large
+            gradient, tens of times the usual one, can undo a fit.
         lr, adversary_lr: Learning rates of Adam for encoder with decoder, and for the adversary.
         adversary_steps: Adversary updates per primal update; those after the first see fresh batches.
         beta1: Adam's decay rate of the first moment, of both players.
@@ -69,6 +71,7 @@ class AVB(GradientMethod):
 
     name: str = "avb"
     noise_dim: PositiveInt = 32
+    clip_norm: NonNegativeFloat = 50.0
     lr: PositiveFloat = 2e-3
     adversary_lr: PositiveFloat = 4e-3
     adversary_steps: PositiveInt = 1

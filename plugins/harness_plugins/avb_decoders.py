@@ -26,7 +26,7 @@ LABELS = {"vae": "VAE", "iaf": "VAE with IAF", "avb": "AVB", "avb-ac": "AVB with
 TRIED = {
     "vae": ("lr=7e-3", "lr=1e-3"),
     "iaf": ("lr=3e-3", "lr=1e-3"),
-    "avb": ("lr=1e-2,adversary_lr=2e-3", "lr=1e-3,adversary_lr=2e-3"),
+    "avb": ("lr=1e-2,adversary_lr=2e-3,clip_norm=0", "lr=1e-3,adversary_lr=2e-3,clip_norm=0"),
     "avb-ac": ("lr=4e-3,adversary_lr=2e-3,clip_norm=0", "lr=1e-3,adversary_lr=2e-3,clip_norm=0"),
 }
 """As many for each method."""

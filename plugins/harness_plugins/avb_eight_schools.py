@@ -37,7 +37,7 @@ RATES = {
     "mean-field": ("0.03", "0.003", "0.01", "0.1"),
     "full-rank": ("0.03", "0.003", "0.01", "0.1"),
 }
-ADVERSARIAL = {"avb": "noise_dim=10,adversary_steps=2", "avb-ac": "adversary_steps=2,clip_norm=0"}
+ADVERSARIAL = {"avb": "noise_dim=10,adversary_steps=2,clip_norm=0", "avb-ac": "adversary_steps=2,clip_norm=0"}
 """As in the released code: noise of ten dimensions, and two steps of the adversary to each of the encoder."""
 TRIAL_SEEDS = (100, 101)
 OTHERS: dict[Scale, dict[str, str]] = {

@@ -100,7 +100,7 @@ def _settings(scale: Scale, latent_dim: int, problem: str) -> Mapping[str, str] 
         return {
             "vae": f"vae[{common}]",
             "iaf": f"iaf[{common},flows=8]",
-            "avb": f"avb[{common},adversary_lr=2e-4,noise_dim=16]",
+            "avb": f"avb[{common},adversary_lr=2e-4,noise_dim=16,clip_norm=0]",
             "avb-ac": f"avb-ac[{common},adversary_lr=2e-4,{contrast},offset=-5,clip_norm=0]",
         }
     return Trials(

@@ -27,9 +27,10 @@ from harness.trials import Trials, at_rates
 TRIAL_SEEDS = (100, 101)
 DECAYS = ("0.1", "1")
 RATES = {"avb": ("1e-3", "2e-3", "4e-3"), "vae": ("1e-3", "3e-3", "1e-2")}
+RELEASED_FOR_ALL = "lr=2e-5,lr_decay=1,batch_size=512"
 RELEASED = {
-    "avb": "avb[noise_dim=64,lr=2e-5,adversary_lr=1e-4,adversary_steps=2,beta1=0.9,lr_decay=1,batch_size=512]",
-    "vae": "vae[lr=2e-5,lr_decay=1,batch_size=512]",
+    "avb": f"avb[{RELEASED_FOR_ALL},noise_dim=64,adversary_lr=1e-4,adversary_steps=2,beta1=0.9,clip_norm=0]",
+    "vae": f"vae[{RELEASED_FOR_ALL}]",
 }
 PROBLEM: dict[Scale, str] = {"smoke": "four-points", "laptop": "four-points", "paper": "four-points[depth=3]"}
 BUDGET: dict[Scale, str] = {"smoke": "steps=50", "laptop": "steps=5000", "paper": "steps=100000"}
