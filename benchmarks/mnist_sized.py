@@ -17,12 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.turns import CPU
 from harness.annealing import Annealing, Forces, Kernels, force_precision, schedule
 from harness.clock import Clock
+from harness.memory import keep_freed
 from harness.method import Budget, Run
 from harness.model import LatentModel
+from harness.precision import Precision, products_of
 from harness.problem import DatasetSpec, MLPSpec, ModelSpec, Problem, TrainingView, placed
 from harness.seeding import Streams
 from harness.specs import NetworksProblem
 from harness.starts import GaussianStart
+from harness.stepping import Step
 from harness.training import GradientMethod, stepper
 
 CHAINS, LEAPFROG = 16, 10
@@ -62,28 +65,48 @@ def begun(
     device: torch.device = CPU,
     dtype: torch.dtype = torch.float32,
     clock: Clock | None = None,
-    step: str = "graph",
+    step: Step = "graph",
+    precision: Precision = "float32",
 ) -> tuple[TrainingView, Run]:
     """What a fit without end is handed. Its steps are recorded at once, not after the first hundred."""
     streams = Streams(seed, problem.label, method.name, device)
     view = problem.training_view(placed(problem, device, dtype), streams)
-    return view, Run(device, dtype, ENDLESS, streams, clock or Clock(device), step=step)
+    return view, Run(
+        device, dtype, ENDLESS, streams, clock or Clock(device), step=step, products=products_of(precision)
+    )
 
 
-def looped(
-    method: GradientMethod, problem: Problem, *, seeds: Sequence[int] = (0,), device: torch.device = CPU
-) -> Callable[[int], None]:
-    """A function that takes so many steps of the harness's own loop, of all seeds at once."""
-    clock = Clock(device)
-    fits = [begun(method, problem, seed=seed, device=device, clock=clock) for seed in seeds]
-    steps = stepper([method] * len(fits), [view for view, _ in fits], [run for _, run in fits])
+LOOPS: dict[str, Step] = {"harness": "graph", "harness, compiled": "compile"}
 
-    def take(count: int) -> None:
+
+class Looped:
+    """The harness's own loop, of all seeds at once: so many steps of it when called."""
+
+    def __init__(
+        self,
+        method: GradientMethod,
+        problem: Problem,
+        *,
+        seeds: Sequence[int] = (0,),
+        device: torch.device = CPU,
+        step: Step = "graph",
+        precision: Precision = "float32",
+    ) -> None:
+        keep_freed()  # as in a fit
+        self.clock = Clock(device)
+        settings: dict[str, Any] = {"device": device, "clock": self.clock, "step": step, "precision": precision}
+        fits = [begun(method, problem, seed=seed, **settings) for seed in seeds]
+        self.steps = stepper([method] * len(fits), [view for view, _ in fits], [run for _, run in fits])
+        self(3)
+
+    def __call__(self, count: int) -> None:
         for _ in range(count):
-            next(steps)
+            next(self.steps)
 
-    take(3)
-    return take
+    @property
+    def compile_seconds(self) -> float:
+        """Of recording its steps, and compiling what was recorded."""
+        return self.clock.seconds.get("compile", 0.0)
 
 
 def operations(work: Callable[[], Any]) -> int:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,12 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import harness
 from benchmarks import by_hand
 from benchmarks.by_hand import ByHand, Images, Loop
-from benchmarks.mnist_sized import MNISTShaped, begun, looped
+from benchmarks.mnist_sized import LOOPS, Looped, MNISTShaped, begun
 from benchmarks.turns import CPU, Median, take_turns, tell, times_as_fast
 from harness.nn import count_parameters
 from harness.players import Modules, NoiseStreams
 from harness.problem import placed
+from harness.stepping import Step
 from harness.training import GradientMethod, stepper
 from harness_plugins.avb import AVB
 from harness_plugins.vae import VAE
@@ -49,16 +51,17 @@ def networks_by_hand(method: GradientMethod) -> ByHand:
 @pytest.mark.parametrize("name", METHODS)
 def test_loop(benchmark: BenchmarkFixture, name: str, batch_size: int) -> None:
     method = replace(METHODS[name], batch_size=batch_size)
-    ours = looped(method, PROBLEM)
+    loops = {name: Looped(method, PROBLEM, step=step) for name, step in LOOPS.items()}
     theirs = Loop(networks_by_hand(method), Images(placed(PROBLEM, CPU, torch.float32).train.values, batch_size))
     steps = {128: 20, 512: 10}[batch_size]
-    ways = {"harness": lambda: ours(steps), "by hand": lambda: theirs.take(steps)}
+    ways = {**{name: partial(loop, steps) for name, loop in loops.items()}, "by hand": lambda: theirs.take(steps)}
     times = take_turns(benchmark, ways, rounds=100, warm_up=3)
     tell(
         benchmark,
         f"training loop, {name}, batch {batch_size}",
         steps_per_second={way: steps / statistics.median(found) for way, found in times.items()},
-        ratios=times_as_fast(times, "harness", of_one=steps),
+        compile_seconds={name: loop.compile_seconds for name, loop in loops.items()},
+        ratios=times_as_fast(times, *LOOPS, of_one=steps),
     )
 
 
@@ -88,7 +91,7 @@ def test_losses_by_hand_are_the_harnesss(name: str) -> None:
 
 @pytest.mark.parametrize("step", ["eager", "graph"])
 @pytest.mark.parametrize("name", METHODS)
-def test_steps_by_hand_are_the_harnesss(name: str, step: str) -> None:
+def test_steps_by_hand_are_the_harnesss(name: str, step: Step) -> None:
     """From the same weights and with the same draws the decoder ends where the harness's does.
 
     In float64: five steps of Adam move weights by more than 1e-3, and make less than 1e-7 of a difference by rounding.

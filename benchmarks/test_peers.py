@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import nn
 
 from benchmarks import by_hand
 from benchmarks.by_hand import PIXELS, Images, Loop, copied
-from benchmarks.mnist_sized import MNISTShaped, begun, looped
+from benchmarks.mnist_sized import LOOPS, Looped, MNISTShaped, begun
 from benchmarks.peers import PyroIAF, PyroVAE
 from benchmarks.turns import CPU, Work, take_turns, tell, times_as_fast
 from harness.nn import count_parameters
@@ -76,14 +77,16 @@ def test_loop(benchmark: BenchmarkFixture, tmp_path: Path, method: GradientMetho
     view, _ = begun(method, PROBLEM)
     parameters = count_parameters(method.build(view))
     assert count_parameters(networks) + without_context(method, peer) == parameters
-    ours = looped(method, PROBLEM)
-    times = take_turns(benchmark, {"harness": lambda: ours(steps), peer: theirs}, rounds=40, warm_up=2)
+    loops = {name: Looped(method, PROBLEM, step=step) for name, step in LOOPS.items()}
+    ours = {name: partial(loop, steps) for name, loop in loops.items()}
+    times = take_turns(benchmark, {**ours, peer: theirs}, rounds=40, warm_up=2)
     tell(
         benchmark,
         f"training loop, {method.name}, batch {method.batch_size}",
         parameters=parameters,
         steps_per_second={way: steps / statistics.median(found) for way, found in times.items()},
-        ratios=times_as_fast(times, "harness", of_one=steps),
+        compile_seconds={name: loop.compile_seconds for name, loop in loops.items()},
+        ratios=times_as_fast(times, *LOOPS, of_one=steps),
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import harness
-from benchmarks.mnist_sized import MNISTShaped, annealed, annealing_path, looped
+from benchmarks.mnist_sized import Looped, MNISTShaped, annealed, annealing_path
 from benchmarks.turns import CPU, Work, slope, take_turns, tell, times_as_fast
 from harness.evaluator import EvaluationRun, Evaluator
 from harness.problem import placed
@@ -47,7 +47,7 @@ def grown(
 @pytest.mark.parametrize("method", METHODS)
 def test_step_with_data(benchmark: BenchmarkFixture, method: GradientMethod) -> None:
     def work_of(images: int) -> Work:
-        take = looped(method, MNISTShaped(images=images))
+        take = Looped(method, MNISTShaped(images=images))
         return lambda: take(STEPS)
 
     grown(benchmark, f"training step, {method.name}", "training images", [2_000, 16_000, 128_000], work_of, rounds=9)
@@ -56,7 +56,7 @@ def test_step_with_data(benchmark: BenchmarkFixture, method: GradientMethod) -> 
 @pytest.mark.parametrize("method", METHODS)
 def test_step_with_latent_dimensions(benchmark: BenchmarkFixture, method: GradientMethod) -> None:
     def work_of(dimensions: int) -> Work:
-        take = looped(method, MNISTShaped(latent_dim=dimensions))
+        take = Looped(method, MNISTShaped(latent_dim=dimensions))
         return lambda: take(STEPS)
 
     grown(benchmark, f"training step, {method.name}", "latent dimensions", [8, 32, 128, 512], work_of, rounds=9)
@@ -101,22 +101,22 @@ def test_annealing(benchmark: BenchmarkFixture, what: str) -> None:
     grown(benchmark, "annealing", what, [*settings], work_of, rounds=5)
 
 
-SEEDS = [1, 2, 4, 8]
-
-
+@pytest.mark.parametrize(("name", "counts"), [("four-points", [1, 2, 5, 10]), ("mnist", [1, 2, 4])])
 @pytest.mark.parametrize("method", METHODS)
-def test_step_with_seeds_at_once(benchmark: BenchmarkFixture, method: GradientMethod) -> None:
-    """On networks so small that they leave room for it; with the speed of all at once against one after another."""
-    [problem] = REGISTRY.select("problems", "four-points")
+def test_step_with_seeds_at_once(
+    benchmark: BenchmarkFixture, method: GradientMethod, name: str, counts: list[int]
+) -> None:
+    """On networks so small that they leave room for it, and on others; against one seed after another."""
+    problem = MNISTShaped() if name == "mnist" else REGISTRY.select("problems", name)[0]
 
     def work_of(seeds: int) -> Work:
-        take = looped(method, problem, seeds=range(seeds))
+        take = Looped(method, problem, seeds=range(seeds))
         return lambda: take(STEPS)
 
     times = grown(
-        benchmark, f"training step, {method.name} on {problem.label}", "seeds at once", SEEDS, work_of, rounds=9
+        benchmark, f"training step, {method.name} on {problem.label}", "seeds at once", counts, work_of, rounds=9
     )
-    most = SEEDS[-1]
+    most = counts[-1]
     at_once, one = f"{most} seeds at once", "one after another"
     tell(
         benchmark,

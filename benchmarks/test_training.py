@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.mnist_sized import MNISTShaped, looped, operations
-from benchmarks.turns import DEVICE, MatrixProduct, seconds, share_of_peak, take_turns, tell
+from benchmarks.mnist_sized import Looped, MNISTShaped, operations
+from benchmarks.turns import DEVICE, MatrixProduct, seconds, share_of_peak, take_turns, tell, times_as_fast
+from harness.precision import Precision
 from harness.registry import Registry
 from harness.training import GradientMethod
 
@@ -33,7 +35,7 @@ TURN = 0.3  # seconds of steps, about
 @pytest.mark.parametrize("name", METHODS)
 def test_step(benchmark: BenchmarkFixture, name: str, model: Literal["mlp", "conv1"], batch_size: int) -> None:
     method = replace(METHODS[name], batch_size=batch_size)
-    take, product = looped(method, MNISTShaped(model=model), device=DEVICE), MatrixProduct(torch.float32, DEVICE)
+    take, product = Looped(method, MNISTShaped(model=model), device=DEVICE), MatrixProduct(torch.float32, DEVICE)
     of_a_step = operations(lambda: take(1))
     steps = max(1, round(TURN / seconds(lambda: take(1))))
     times = take_turns(benchmark, {"steps": lambda: take(steps), "product": product}, rounds=9)
@@ -48,8 +50,23 @@ def test_step(benchmark: BenchmarkFixture, name: str, model: Literal["mlp", "con
     )
 
 
+@pytest.mark.parametrize("batch_size", [128, 512])
+def test_bf16(benchmark: BenchmarkFixture, batch_size: int) -> None:
+    method = replace(METHODS["vae"], batch_size=batch_size)
+    precisions: list[Precision] = ["bf16", "float32"]
+    take = {name: Looped(method, MNISTShaped(), device=DEVICE, precision=name) for name in precisions}
+    steps = max(1, round(TURN / seconds(partial(take["float32"], 1))))
+    times = take_turns(benchmark, {name: partial(loop, steps) for name, loop in take.items()}, rounds=21)
+    tell(
+        benchmark,
+        f"training step, vae, mlp, batch {batch_size}, precisions",
+        device=DEVICE.type,
+        ratios=times_as_fast(times, "bf16", of_one=steps),
+    )
+
+
 def test_operations_of_the_vae_are_those_of_its_layers() -> None:
     """Two for each weight and observation forwards, four backwards, but for the first layer: x needs no gradient."""
     first, others = 784 * 300, 300 * 300 + 300 * 64 + 32 * 300 + 300 * 300 + 300 * 784
-    take = looped(METHODS["vae"], MNISTShaped())
+    take = Looped(METHODS["vae"], MNISTShaped())
     assert operations(lambda: take(1)) == 128 * (4 * first + 6 * others)

@@ -23,6 +23,8 @@ import numpy as np
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from harness.memory import keep_freed
+
 LOG = logging.getLogger("benchmarks")
 ROUNDS = int(os.environ.get("HARNESS_BENCHMARK_ROUNDS", "0"))  # 0: as many as each benchmark needs
 CPU = torch.device("cpu")
@@ -76,8 +78,8 @@ class Ratio:
     ratio: Median
 
 
-def times_as_fast(times: Mapping[str, Sequence[float]], ours: str, of_one: float = 1.0) -> list[Ratio]:
-    """How many times as fast ours is as each of the others.
+def times_as_fast(times: Mapping[str, Sequence[float]], *ours: str, of_one: float = 1.0) -> list[Ratio]:
+    """How many times as fast each of ours is as each of the others.
 
     Args:
         times: Seconds of each in every round.
@@ -85,15 +87,16 @@ def times_as_fast(times: Mapping[str, Sequence[float]], ours: str, of_one: float
     """
     return [
         Ratio(
-            ours=ours,
+            ours=own,
             peer=peer,
             unit="s",
-            our_value=statistics.median(times[ours]) / of_one,
+            our_value=statistics.median(times[own]) / of_one,
             peer_value=statistics.median(theirs) / of_one,
-            ratio=Median.of([b / a for a, b in zip(times[ours], theirs, strict=True)]),
+            ratio=Median.of([b / a for a, b in zip(times[own], theirs, strict=True)]),
         )
+        for own in ours
         for peer, theirs in times.items()
-        if peer != ours
+        if peer not in ours
     ]
 
 
@@ -133,6 +136,7 @@ def take_turns(
         rounds: How many, unless ``HARNESS_BENCHMARK_ROUNDS`` says so.
         warm_up: Rounds that are not counted.
     """
+    keep_freed()  # as in a fit
     times: dict[str, list[float]] = {name: [] for name in ways}
     orders = itertools.cycle([[*ways], [*ways][::-1]])
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from harness.memory import hand_back_freed
+
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
@@ -38,6 +40,7 @@ class Clock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        hand_back_freed()
         _reset_peak(self.device)
         self._started, self._paused, self._peak = self.now(), 0.0, 0
         try:

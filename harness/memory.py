@@ -1,9 +1,12 @@
-"""What a computation allocates, so that work can be cut into blocks of bounded memory."""
+"""What a computation allocates, so that work can be cut into blocks of bounded memory; what the process keeps of it."""
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -11,6 +14,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CHANNEL_BLOCK = 16
+
+KEPT_BLOCK, KEPT = 32 * 2**20, 2**30
+"""Bytes: the largest block that is kept when it is freed (more is not allowed), and of how many in all."""
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 _REARRANGED = (torch.ops.aten.convolution, torch.ops.aten.convolution_backward)
 
@@ -33,6 +40,33 @@ def in_pieces(compute: Callable[[Tensor], Tensor], size: int, rows: Tensor) -> T
 def joined(pieces: Sequence[Tensor], dim: int = 0) -> Tensor:
     """Pieces along an axis as one tensor, without a copy where there is one only."""
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim)
+
+
+@cache
+def keep_freed() -> None:
+    """Let this process keep what tensors on the CPU have freed for the next ones.
+
+    By default glibc hands most of it back to the system, and at every step of training memory is mapped and filled with
+    zeros again, page by page: for small networks that takes as long as the mathematics. Other C libraries, and whoever
+    has set `MALLOC_` variables, are left alone.
+    """
+    if not any(name.startswith("MALLOC_") for name in os.environ) and (malloc_option := _libc("mallopt")):
+        malloc_option(_MMAP_THRESHOLD, KEPT_BLOCK)
+        malloc_option(_TRIM_THRESHOLD, KEPT)
+
+
+def hand_back_freed() -> None:
+    """Hand back to the system what is kept, so that it does not count as taken by what comes next."""
+    if trim := _libc("malloc_trim"):
+        trim(0)
+
+
+def _libc(name: str) -> Callable[..., int] | None:
+    """A function of this process's C library, if it is one that has it."""
+    try:
+        return getattr(ctypes.CDLL(None), name)
+    except (AttributeError, OSError, TypeError):  # not glibc; Windows
+        return None
 
 
 class _Allocations(TorchDispatchMode):

@@ -145,9 +145,9 @@ class Adam:
 
     def step(self, gradients: Tensor, clip_norm: float, lr_factor: float) -> None:
         """Along gradients (R, P), each row's cut to that norm first, in place, unless it is 0."""
-        if clip_norm:
-            for row in range(len(gradients)):
-                _clip(gradients[row], clip_norm)
+        if clip_norm:  # as `torch.nn.utils.clip_grad_norm_` does
+            norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
+            gradients.mul_((clip_norm / (norms + 1e-6)).clamp(max=1.0))
         for lr, (beta1, beta2), block, parameters, first, second, counts in self.blocks:
             adam(
                 parameters, [gradients[block]], first, second, [], counts, fused=True, amsgrad=False, beta1=beta1,
@@ -156,11 +156,6 @@ class Adam:
 
     def part(self, row: int) -> dict[str, Tensor]:
         return {"step": self.counts[row], **{name: moment[row] for name, moment in self.moments.items()}}
-
-
-def _clip(gradient: Tensor, norm: float) -> None:
-    """As `torch.nn.utils.clip_grad_norm_` does."""
-    gradient.mul_((norm / (torch.linalg.vector_norm(gradient) + 1e-6)).clamp(max=1.0))
 
 
 def _parameters(player: Player, modules: Modules) -> Iterator[tuple[str, nn.Parameter]]:

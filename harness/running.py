@@ -20,6 +20,7 @@ from harness.clock import Clock
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
 from harness.gallery import gallery
 from harness.job import Job, evaluator_file
+from harness.memory import keep_freed
 from harness.method import CurvePoint, Diverged, Fit, Run
 from harness.nn import count_parameters
 from harness.precision import products_of
@@ -64,6 +65,7 @@ def _fitted(jobs: Sequence[Job], runs: Sequence[Run]) -> list[Fit | Diverged]:
         Skipped, Diverged: As `fit_in_memory`; the latter for a single job only.
     """
     first, clock = jobs[0], runs[0].clock
+    keep_freed()
     with isolated(derive("job", first.job_id)):
         with clock.phase("load"):
             views = [job.training_view() for job in jobs]
@@ -256,6 +258,7 @@ def _measure(job: Job, by: Evaluator, fit: Fit, run: EvaluationRun, clock: Clock
     reason = by.undefined(fit, job.problem)
     if reason:
         raise Skipped(reason)
+    keep_freed()
     with isolated(derive("measure", job.job_id, by.label)), torch.no_grad(), clock.phase("measure"):
         return by.measure(fit, job.problem, run)
 
