@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -16,11 +18,11 @@ from harness import environment
 from harness.audience import Audience, Progress
 from harness.bundling import Task, bundles
 from harness.evaluator import Evaluator
-from harness.executors import LocalExecutor, WorkerProcesses
+from harness.executors import End, Limits, LocalExecutor, WorkerProcesses
 from harness.executors.workers import sent
 from harness.job import Job
 from harness.method import Fit, Method
-from harness.options import UserError, parse_jobs, parse_seconds, unknown
+from harness.options import UserError, parse_bytes, parse_jobs, parse_seconds, unknown
 from harness.planning import (
     Comparison,
     PlannedJob,
@@ -60,6 +62,8 @@ def compare(
     retry: Iterable[str] = (),
     stop_after: float | str | Stop | None = None,
     jobs: int | str = 1,
+    time_limit: float | str | None = None,
+    memory_limit: float | str | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Fit every method to every problem from every seed, measure all fits alike, and keep everything under ``out``.
@@ -84,6 +88,10 @@ def compare(
         jobs: How many to work on at once, each in a worker process with its part of the cores. What is timed is not
             comparable then, and says so; fits whose budget is seconds run one at a time, with as many threads. Objects
             among the arguments must be such that they can be pickled.
+        time_limit: Seconds (or ``"10min"``) after which a fit, or a measurement, is killed; it gets the status
+            ``timeout``, and the work goes on. Fits that are trained together have that time for each of them.
+        memory_limit: Bytes (or ``"8GiB"``) of main memory beyond which the process of a fit or measurement is killed;
+            looked at five times a second. With a limit all work is done in worker processes, also with ``jobs=1``.
 
     Returns:
         The records of this comparison, one row per measurement.
@@ -107,8 +115,10 @@ def compare(
         "vectorize_seeds": vectorize_seeds,
     }
     comparison = resolve(**asked)
-    elsewhere = WorkElsewhere(asked, Path(out), threads_each(workers), workers) if workers > 1 else None
-    if elsewhere:
+    limits = limited(time_limit, memory_limit)
+    elsewhere = None
+    if workers > 1 or limits.any:
+        elsewhere = WorkElsewhere(asked, Path(out), threads_each(workers), workers, limits)
         sent(elsewhere)
     return _execute(comparison, Store.create(out), progress or Progress(), stop, elsewhere)
 
@@ -129,10 +139,13 @@ def plan(
     retry: Iterable[str] = (),
     stop_after: float | str | None = None,
     jobs: int | str = 1,
+    time_limit: float | str | None = None,
+    memory_limit: float | str | None = None,
 ) -> list[PlannedJob]:
     """Every job that `compare` with the same arguments would look at, done or not; runs none and writes nothing."""
     stopping(stop_after)
     parse_jobs(jobs)
+    limited(time_limit, memory_limit)
     comparison = resolve(
         methods, problems, seeds, budget, evaluators, device, precision, step, plugins, retry, vectorize_seeds
     )
@@ -250,7 +263,7 @@ def _execute(
     audience = Audience(comparison.registry, {task.entry.job_id: task for task in tasks}, progress)
     deaths = Deaths(comparison, store, facts, audience.lost)
 
-    def died(worker: int, bundle: Bundle, end: str) -> list[Bundle]:
+    def died(worker: int, bundle: Bundle, end: End) -> list[Bundle]:
         return deaths.of(bundle, *audience.left(worker, bundle), end)
 
     beside, alone = list[Bundle](), list[Bundle]()
@@ -260,9 +273,13 @@ def _execute(
     progress.started(len(tasks))
     try:
         if elsewhere and beside:
-            WorkerProcesses(elsewhere.beside).run(elsewhere, beside, audience.heard, died, stop)
-        with threads_limited(elsewhere.threads) if elsewhere else nullcontext():
-            LocalExecutor().run(partial(Work, comparison, store), alone, audience.heard, died, stop)
+            WorkerProcesses(elsewhere.beside, elsewhere.limits).run(elsewhere, beside, audience.heard, died, stop)
+        if elsewhere and elsewhere.limits.any:
+            one = dataclasses.replace(elsewhere, beside=1)
+            WorkerProcesses(1, elsewhere.limits).run(one, alone, audience.heard, died, stop)
+        else:
+            with threads_limited(elsewhere.threads) if elsewhere else nullcontext():
+                LocalExecutor().run(partial(Work, comparison, store), alone, audience.heard, died, stop)
     finally:
         progress.finished()
         records = store.derive()
@@ -278,6 +295,18 @@ def stopping(after: float | str | Stop | None) -> Stop:
     if isinstance(after, Stop):
         return after
     return Stop() if after is None else Stop(parse_seconds("stop-after", after))
+
+
+def limited(seconds: float | str | None, memory: float | str | None) -> Limits:
+    """The limits that are asked for as on the command line.
+
+    Raises:
+        UserError: If they are no positive number of seconds, or of bytes.
+    """
+    return Limits(
+        math.inf if seconds is None else parse_seconds("time-limit", seconds),
+        math.inf if memory is None else parse_bytes("memory-limit", memory),
+    )
 
 
 def _of(comparison: Comparison, records: pd.DataFrame) -> pd.DataFrame:

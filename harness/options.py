@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import operator
+import string
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -201,19 +202,43 @@ def parse_jobs(jobs: int | str) -> int:
     return number
 
 
+_SECONDS = {"": 1.0, "s": 1.0, "min": 60.0, "h": 3600.0}
+_BYTES = {"": 1.0, "mb": 1e6, "gb": 1e9, "mib": 2.0**20, "gib": 2.0**30}
+
+
 def parse_seconds(what: str, seconds: float | str) -> float:
-    """A positive number of seconds, given as one or as text.
+    """A positive number of seconds, given as one or as text: ``90``, ``"90s"``, ``"1.5min"``, ``"2h"``.
 
     Raises:
         UserError: If it is something else.
     """
+    return _quantity(what, seconds, _SECONDS, "a positive number of seconds, or as 90s, 10min or 2h")
+
+
+def parse_bytes(what: str, size: float | str) -> float:
+    """A positive number of bytes, given as one or as text: ``"500MB"``, ``"8GiB"``.
+
+    Raises:
+        UserError: If it is something else.
+    """
+    return _quantity(what, size, _BYTES, "a positive number of bytes, or as 500MB, 500MiB, 8GB or 8GiB")
+
+
+def _quantity(what: str, given: float | str, units: Mapping[str, float], expected: str) -> float:
+    """A finite positive number, with one of the units behind it in any case of letters if it is text."""
+    number, unit = (given, "") if not isinstance(given, str) else _split_unit(given)
     try:
-        value = float(seconds)
-    except (TypeError, ValueError):
+        value = float(number) * units[unit]
+    except (TypeError, ValueError, KeyError):
         value = math.nan
-    if not (math.isfinite(value) and value > 0):
-        raise UserError(f"{what} {seconds!r}: expected a positive number of seconds")
+    if isinstance(given, bool) or not (math.isfinite(value) and value > 0):
+        raise UserError(f"{what} {given!r}: expected {expected}")
     return value
+
+
+def _split_unit(text: str) -> tuple[str, str]:
+    number = text.strip().rstrip(string.ascii_letters)
+    return number, text.strip()[len(number) :].lower()
 
 
 def parse_selection(text: str) -> list[tuple[str, dict[str, str]]]:

@@ -53,6 +53,8 @@ def reproduce(
     retry: Iterable[str] = (),
     stop_after: float | str | None = None,
     jobs: int | str = 1,
+    time_limit: float | str | None = None,
+    memory_limit: float | str | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Run an experiment of a paper and write its report under ``out``; what is done already is not done again.
@@ -64,7 +66,7 @@ def reproduce(
         out: ``results/NAME`` unless given, with the scale in the name if it is not laptop.
         retry: Statuses (``failed`` ...) of finished jobs that are to be tried again.
         stop_after: As in `harness.compare`, for all suites together.
-        jobs: As in `harness.compare`.
+        jobs, time_limit, memory_limit: As in `harness.compare`.
 
     Returns:
         The records of all suites, one row per measurement, with the columns ``suite`` and ``run``.
@@ -83,6 +85,8 @@ def reproduce(
         retry=retry,
         stop_after=stop_after,
         jobs=jobs,
+        time_limit=time_limit,
+        memory_limit=memory_limit,
         progress=progress,
     )
     return made.records
@@ -99,6 +103,8 @@ def run(
     retry: Iterable[str],
     stop_after: float | str | None,
     jobs: int | str,
+    time_limit: float | str | None,
+    memory_limit: float | str | None,
     progress: Progress | None,
 ) -> Reproduction:
     """As `reproduce`, with everything that the report was made of."""
@@ -108,6 +114,7 @@ def run(
     numbers = parse_seeds(chosen.seeds(at) if seeds is None else seeds)
     folder = Path(out) if out is not None else Path("results") / _folder(chosen.label, at)
     common = {"device": device, "plugins": plugins, "retry": retry, "jobs": parse_jobs(jobs)}
+    common |= {"time_limit": time_limit, "memory_limit": memory_limit}
     *_, suites = rehearse(chosen, at)
     *_, beside = rehearse(chosen, at, beside=common["jobs"] > 1)
     if untimed := [suite.name for suite in suites if suite not in beside]:

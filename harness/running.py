@@ -235,8 +235,11 @@ def store_measured(
     rows: Sequence[Facts] = (),
     examples: Mapping[str, np.ndarray] | None = None,
     seconds: float | None = None,
+    output: str = "",
 ) -> None:
-    """Store what an evaluator has said of a job, or how it has ended."""
+    """Store what an evaluator has said of a job, or how it has ended, and what it has printed last."""
+    if output:
+        store.write_text(f"measurements/{job.job_id}/{evaluator_file(by)}.output.txt", output)
     common = {
         "evaluator": by.label,
         "status": outcome.status,
@@ -247,8 +250,10 @@ def store_measured(
     store.write_measured(job.job_id, evaluator_file(by), facts, examples or {})
 
 
-def store_end(job: Job, outcome: JobOutcome, store: Store, environment: Mapping[str, Any]) -> None:
-    """Store how a job's fit ended that cannot do so itself."""
+def store_end(job: Job, outcome: JobOutcome, store: Store, environment: Mapping[str, Any], output: str = "") -> None:
+    """Store how a job's fit ended that cannot do so itself, and what it has printed last."""
+    if output:
+        store.write_text(f"jobs/{job.job_id}.output.txt", output)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     facts = {**environment, "started_at": now, "status": outcome.status, "reason": outcome.reason}
     store.write_job(job.job_id, {**job.facts(), **facts})

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 from harness import environment
 from harness.bundling import Task
 from harness.evaluator import Evaluator
-from harness.executors import Boss
+from harness.executors import NO_LIMITS, Boss, End, Limits
 from harness.job import Job, is_measured
 from harness.method import CurvePoint, Fit
 from harness.options import UserError
@@ -80,6 +80,7 @@ class Work:
             reason = (self.store.job(tasks[0].job.job_id) or {}).get("reason", "")
             return [(JobOutcome(status, reason), None)]
         jobs = [task.job for task in tasks]
+        self.boss.piece_begins(len(jobs))
         return fit_jobs(jobs, self.store, self.facts, self._step, self._resumed, self.boss.stop)
 
     def _task(self, job_id: str) -> Task:
@@ -95,6 +96,7 @@ class Work:
         self.boss.tell("resumed", fraction, step)
 
     def _measuring(self, by: Evaluator) -> None:
+        self.boss.piece_begins()
         self.boss.tell("measuring", by.name, by.label)
 
     def _measured(self, fraction: float, facts: str) -> None:
@@ -110,12 +112,14 @@ class WorkElsewhere:
         out: Of the store.
         threads: Of each worker.
         beside: As in `Work`.
+        limits: Of a fit (of so many as are trained together) and of a measurement.
     """
 
     asked: Mapping[str, Any]
     out: Path
     threads: int
     beside: int
+    limits: Limits = NO_LIMITS
 
     def __call__(self, boss: Boss) -> Callable[[Bundle], None]:
         torch.set_num_threads(self.threads)
@@ -146,6 +150,8 @@ class Whereabouts:
 class Deaths:
     """What becomes of the jobs of a worker that has died; its bundle's other jobs and evaluators are worked on yet.
 
+    What the worker has printed last is kept beside the job or the measurement.
+
     Args:
         facts: The columns of a record that speak of the machine and of the run.
         on_end: Told of the jobs that have ended so.
@@ -164,7 +170,7 @@ class Deaths:
         self.facts = facts
         self.on_end = on_end
 
-    def of(self, bundle: Bundle, left: Sequence[str], at: Whereabouts | None, end: str) -> list[Bundle]:
+    def of(self, bundle: Bundle, left: Sequence[str], at: Whereabouts | None, end: End) -> list[Bundle]:
         """Store that a worker has died.
 
         Args:
@@ -177,15 +183,15 @@ class Deaths:
         again = dataclasses.replace(bundle, deaths=bundle.deaths + 1)
         if at is None and again.deaths < MOST_DEATHS:
             return [again]
-        killed = JobOutcome("killed", end)
+        killed = JobOutcome(end.status, end.reason)
         fitted = [job_id for job_id in left if (at and at.fitted) or self._is_fitted(job_id)]
         for job_id in left:
             if job_id not in fitted:
-                store_end(self.jobs[job_id], killed, self.store, self.facts)
+                store_end(self.jobs[job_id], killed, self.store, self.facts, end.output)
                 self.on_end(job_id, killed)
         without = bundle.without
         if at and at.evaluator:
-            store_measured(self.jobs[at.job], self.evaluators[at.evaluator], killed, self.store)
+            store_measured(self.jobs[at.job], self.evaluators[at.evaluator], killed, self.store, output=end.output)
             without = (*without, at.evaluator)
         elif again.deaths >= MOST_DEATHS:
             for job_id in fitted:

@@ -8,7 +8,7 @@ import click
 
 from harness.cli.comparing import told_failures
 from harness.cli.parsing import StrictCommand
-from harness.cli.suite import jobs_option, plugin_option, stop_option
+from harness.cli.suite import plugin_option, stop_option, worker_options
 
 if TYPE_CHECKING:
     from harness.reproduction import Reproduction
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @click.option("--out", metavar="DIR", help="Folder of results; what it has is not done again.  [default: results/NAME]")
 @click.option("--retry", metavar="STATUSES", help="Try again what ended so: failed,diverged.")
 @stop_option
-@jobs_option
+@worker_options
 @plugin_option
 def reproduce(
     name: str,
@@ -33,6 +33,8 @@ def reproduce(
     retry: str | None,
     stop_after: str | None,
     jobs: str | None,
+    time_limit: str | None,
+    memory_limit: str | None,
     plugin: tuple[str, ...],
 ) -> int:
     """Run an experiment of a paper; print its tables, write a report.
@@ -55,6 +57,8 @@ def reproduce(
         retry=statuses,
         stop_after=stop_after,
         jobs=jobs or 1,
+        time_limit=time_limit,
+        memory_limit=memory_limit,
         progress=shown(),
     )
     return _conclude(made)

@@ -31,6 +31,8 @@ class Arguments(TypedDict, total=False):
     retry: list[str]
     stop_after: float | str
     jobs: int | str
+    time_limit: float | str
+    memory_limit: float | str
 
 
 _WHOLE = "a whole number"
@@ -87,6 +89,14 @@ _KEYS = {
         "[default: 1]",
         _WHOLE,
     ),
+    "time-limit": _Key(
+        "TIME",
+        "Kill a fit or a measurement that takes longer (600s, 10min); the others go on.  [default: never]",
+        _NUMBER,
+    ),
+    "memory-limit": _Key(
+        "SIZE", "Kill a fit or a measurement whose process takes more memory (8GiB).  [default: never]", _NUMBER
+    ),
 }
 
 _SUITE_HELP = "The same options from a file, as keys; those given here override."
@@ -102,9 +112,10 @@ def stop_option(command: Callable[..., int]) -> Callable[..., int]:
     return click.option("--stop-after", metavar=key.metavar, help=key.help)(command)
 
 
-def jobs_option(command: Callable[..., int]) -> Callable[..., int]:
-    key = _KEYS["jobs"]
-    return click.option("--jobs", metavar=key.metavar, help=key.help)(command)
+def worker_options(command: Callable[..., int]) -> Callable[..., int]:
+    for name in ("memory-limit", "time-limit", "jobs"):
+        command = click.option(f"--{name}", metavar=_KEYS[name].metavar, help=_KEYS[name].help)(command)
+    return command
 
 
 def comparison_options(command: Callable[..., int]) -> Callable[..., int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from harness.stopping import Stop
@@ -15,10 +16,25 @@ Heard = Callable[..., None]
 """Told the number of the worker (0, 1, ...), an event's name and its facts."""
 
 
+@dataclass(frozen=True)
+class End:
+    """How a worker has died.
+
+    Args:
+        status: ``killed``, or ``timeout`` if that was because its time was up.
+        reason: In words.
+        output: The last that it has printed.
+    """
+
+    status: str
+    reason: str
+    output: str = ""
+
+
 class Died(Protocol[T]):
     """Told the number of a worker that has died, its task and how it has ended; gives what is to be worked on yet."""
 
-    def __call__(self, worker: int, task: T, end: str, /) -> Sequence[T]: ...
+    def __call__(self, worker: int, task: T, end: End, /) -> Sequence[T]: ...
 
 
 class Boss(Protocol):
@@ -31,6 +47,10 @@ class Boss(Protocol):
 
     def tell(self, event: str, *facts: Any) -> None:
         """Say how the work goes on."""
+        ...
+
+    def piece_begins(self, times: int = 1) -> None:
+        """Say that a piece of the work begins, which may take so many times as long as the limit of a piece."""
         ...
 
 

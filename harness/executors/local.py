@@ -34,3 +34,5 @@ class _Here(Boss):
 
     def tell(self, event: str, *facts: Any) -> None:
         self.heard(event, *facts)
+
+    def piece_begins(self, times: int = 1) -> None: ...

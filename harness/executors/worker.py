@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import pickle
@@ -36,6 +37,9 @@ class _Line:
     def tell(self, event: str, *facts: Any) -> None:
         self.say("told", event, *facts)
 
+    def piece_begins(self, times: int = 1) -> None:
+        self.say("piece begins", times)
+
     def say(self, *facts: Any) -> None:
         if self._lock.acquire(timeout=1.0):  # else this is a warning from inside of it
             try:
@@ -54,14 +58,21 @@ class _Forwarder(logging.Handler):
         self.line.say("logged", record.levelno, record.getMessage())
 
 
-def work_for(connection: Connection, prepare: bytes, end: float) -> None:
+def work_for(connection: Connection, output: tuple[Connection, Connection], prepare: bytes, end: float) -> None:
     """Until the boss ends it.
 
     Args:
+        output: Both ends of a pipe that the boss reads: for what is printed, be it by Python or not, and for the
+            traceback of what kills the worker. As this process could read too, printing does not fail without a boss.
         prepare: Pickled, a `Prepare`.
         end: Of the run, in seconds since the epoch.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _, to_print = output
+    for stream in (1, 2):
+        os.dup2(to_print.fileno(), stream)
+    to_print.close()
+    faulthandler.enable(file=2)
     line, tasks = _Line(connection, end), _Tasks(connection)
     line.say("ready")
     work: Callable[[Any], None] | None = None

@@ -113,7 +113,7 @@ MISTAKES = [
     # the time of a run
     ([*COMPARE, "--stop-after", "0"], "stop-after '0': expected a positive number of seconds"),
     ([*COMPARE, "--stop-after", "-5"], "stop-after '-5': expected a positive number"),
-    ([*COMPARE, "--stop-after", "1h"], "stop-after '1h': expected a positive number"),
+    ([*COMPARE, "--stop-after", "1 week"], "stop-after '1 week': expected a positive number"),
     (["plan", *COMPARE[1:], "--stop-after", "nan"], "stop-after 'nan': expected a positive number"),
     ([*COMPARE, "--stop_after", "5"], "unknown option '--stop_after'; did you mean '--stop-after'?"),
     # files and folders

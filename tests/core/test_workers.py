@@ -25,7 +25,7 @@ import harness
 from harness.audience import Progress
 from harness.cli.progress import PlainProgress
 from harness.comparison import plan
-from harness.executors import WorkerProcesses
+from harness.executors import End, WorkerProcesses
 from harness.options import UserError
 from harness.planning import PlannedJob
 from harness.record import TIMING_COLUMNS
@@ -320,7 +320,7 @@ def test_numbers_of_jobs_that_make_no_sense(tmp_path: Path, jobs: Any) -> None:
         harness.compare("vae", out=tmp_path, jobs=jobs, **SMALL)
 
 
-def _nobody_dies(worker: int, task: Any, end: str) -> Any:
+def _nobody_dies(worker: int, task: Any, end: End) -> Any:
     pytest.fail(f"worker {worker} {end}")
 
 
@@ -366,15 +366,15 @@ def _deaf(boss: Any) -> Any:
 
 
 def test_a_worker_that_nobody_can_reach_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.executors.workers.PATIENCE", 0.5)
-    dead: list[tuple[int, str]] = []
+    monkeypatch.setattr("harness.executors.process.PATIENCE", 0.5)
+    dead: list[tuple[int, End]] = []
 
-    def died(worker: int, task: int, end: str) -> list[int]:
+    def died(worker: int, task: int, end: End) -> list[int]:
         dead.append((task, end))
         return []
 
     WorkerProcesses(2).run(_deaf, range(3), lambda *said: None, died, Stop())
-    assert dead == [(0, "its worker process was killed by SIGKILL")]
+    assert dead == [(0, End("killed", "its worker process was killed by SIGKILL"))]
 
 
 SCRIPT = """
