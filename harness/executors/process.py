@@ -48,7 +48,7 @@ class WorkerProcess(Generic[T]):
 
     def __init__(self, number: int, prepare: bytes, seconds: float) -> None:
         self.number = number
-        self.ready = False
+        self.ready = self.was_killed = False
         self.task: Sequence[T] = []
         self.deadline = math.inf
         self.over: tuple[str, str] | None = None
@@ -120,6 +120,7 @@ class WorkerProcess(Generic[T]):
         self.printed.close()
         code = self.process.exitcode
         self.process.close()
+        self.was_killed = code is not None and code < 0
         if code is not None and code < 0:
             with suppress(ValueError):
                 return f"was killed by {signal.Signals(-code).name}"

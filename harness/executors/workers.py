@@ -147,7 +147,7 @@ class _Run(Generic[T]):
         end = worker.end()
         if not worker.ready:
             self.failures += 1
-            if not self.started or self.failures > STARTS:
+            if not (self.started or worker.was_killed) or self.failures > STARTS:
                 raise UserError(
                     f"worker processes do not start ({end}): a script that is run again as a module must do nothing, so"
                     " guard it by `if __name__ == '__main__':`; or use jobs=1"
