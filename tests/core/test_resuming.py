@@ -25,6 +25,8 @@ from harness.store import Store
 from harness.testing import SmallProblem
 from harness.training import GradientMethod, Modules, Noise
 from harness_plugins.avb import AVB
+from harness_plugins.avb_ac import AVBAC
+from harness_plugins.iaf import IAF
 from harness_plugins.vae import VAE
 
 CPU, DOUBLE = torch.device("cpu"), torch.float64
@@ -117,11 +119,22 @@ METHODS = [
     TWO_STEPS,
     Drifting(batch_size=8),
 ]
+FAMILIES = [
+    VAE(batch_size=8),
+    AVB(batch_size=8, noise_dim=3),
+    IAF(batch_size=8, hidden=8, context_dim=3),
+    AVBAC(batch_size=8, noise_dim=3, kl_warmup=0.5),
+]
 
 
 @pytest.mark.parametrize(
     ("method", "budget"),
-    [*((method, "steps=9") for method in METHODS), (VAE(batch_size=8), "examples=70"), (TWO_STEPS, "examples=100")],
+    [
+        *((method, "steps=9") for method in METHODS),
+        *((method, "steps=21") for method in FAMILIES),
+        (VAE(batch_size=8), "examples=70"),
+        (TWO_STEPS, "examples=100"),
+    ],
 )
 def test_a_fit_that_is_interrupted_at_any_step_ends_as_if_it_had_not_been(
     method: GradientMethod, budget: str, tmp_path: Path
