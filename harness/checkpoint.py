@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
@@ -17,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import save as save_tensors
 
+from harness.files import checksum
 from harness.method import Checkpoint, CurvePoint, Run, State
 from harness.stopping import Stop
 from harness.store import Facts, Store
@@ -90,8 +90,7 @@ class StoredCheckpoint(Checkpoint):
             with self.run.clock.aside():
                 arrays, facts = _read(path)
         except Damaged as error:
-            log.warning("%s; the fit starts anew", error)
-            self.store.remove_checkpoint(self.job_id)
+            self.store.quarantine(str(path.relative_to(self.store.path)), f"{error}; the fit starts anew")
             return None
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         self.run.curve[:] = _points(tensors.pop("curve").tolist())
@@ -170,14 +169,14 @@ def _points(rows: list[list[float]]) -> list[CurvePoint]:
 
 def _content(arrays: dict[str, np.ndarray], facts: Facts) -> bytes:
     text = json.dumps({**facts, "schema": SCHEMA})
-    return save_tensors(arrays, {"facts": text, "sha256": _checksum(arrays, text)})
+    return save_tensors(arrays, {"facts": text, "sha256": checksum(arrays, text)})
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], Facts]:
     with _opened(path) as file:
         facts = _facts(file)
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if _checksum(arrays, file.metadata()["facts"]) != file.metadata()["sha256"]:
+        if checksum(arrays, file.metadata()["facts"]) != file.metadata()["sha256"]:
             raise ValueError("its checksum is wrong")
     return arrays, facts
 
@@ -188,7 +187,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except Exception as error:  # safetensors raises its own and others' errors on damaged files
-        raise Damaged(f"{path} cannot be used ({error})") from None
+        raise Damaged(f"{error}") from None
 
 
 def _facts(file: Any) -> Facts:
@@ -196,11 +195,3 @@ def _facts(file: Any) -> Facts:
     if facts["schema"] != SCHEMA:
         raise ValueError(f"schema {facts['schema']}; this version of the harness reads {SCHEMA}")
     return facts
-
-
-def _checksum(arrays: Mapping[str, np.ndarray], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name, array in sorted(arrays.items()):
-        digest.update(f"|{name} {array.dtype.str} {array.shape}|".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()

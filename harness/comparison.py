@@ -38,7 +38,7 @@ from harness.registry import Registry
 from harness.running import fit_in_memory, restored
 from harness.stopping import Stop
 from harness.store import Store
-from harness.working import Bundle, Deaths, Work, WorkElsewhere, machine, threads_each, threads_limited
+from harness.working import NO_FIT, Bundle, Deaths, Work, WorkElsewhere, machine, threads_each, threads_limited
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,8 @@ def plan(
     comparison = resolve(
         methods, problems, seeds, budget, evaluators, device, precision, step, plugins, retry, vectorize_seeds
     )
-    return [comparison.planned(job, Store(out)) for job in comparison.jobs]
+    store = Store(out)
+    return [comparison.planned(job, store) for job in comparison.jobs]
 
 
 def evaluate(
@@ -163,7 +164,7 @@ def evaluate(
 ) -> pd.DataFrame:
     """Measure all stored fits of a folder by further evaluators; nothing is trained.
 
-    Fits whose method, problem or data have changed since are left out, with a warning in the log.
+    Fits that are gone, or whose method, problem or data have changed since, are left out, with a warning in the log.
 
     Args:
         stop_after: Seconds after which this run ends before the next measurement. To the end unless given.
@@ -178,7 +179,12 @@ def evaluate(
     place = find_device(device)
     facts = [store.job(job_id) for job_id in store.job_ids()]
     jobs = [job for found in facts if found and found["status"] == "ok" and (job := stored_job(registry, found, place))]
-    return _execute(Comparison(registry, jobs, chosen, place), store, progress or Progress(), stop)
+    comparison = Comparison(registry, jobs, chosen, place, trains=False)
+    kept = [job for job in jobs if comparison.planned(job, store).status == "ok"]
+    for job in jobs:
+        if job not in kept:
+            log.warning("job %s (%s on %s) is left out: %s", job.job_id, job.method.label, job.problem.label, NO_FIT)
+    return _execute(dataclasses.replace(comparison, jobs=kept), store, progress or Progress(), stop)
 
 
 def fit(

@@ -66,13 +66,18 @@ class PlannedJob:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is to be compared, resolved and validated: every job with the evaluators that are to measure it."""
+    """What is to be compared, resolved and validated: every job with the evaluators that are to measure it.
+
+    Args:
+        trains: Whether a job without a stored fit may be fitted.
+    """
 
     registry: Registry
     jobs: Sequence[Job]
     evaluators: Sequence[Evaluator]
     device: torch.device
     retry: frozenset[str] = frozenset()
+    trains: bool = True
 
     @property
     def run_id(self) -> str:
@@ -80,11 +85,18 @@ class Comparison:
         asked = [[job.job_id for job in self.jobs], [evaluator_file(by) for by in self.evaluators]]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
 
+    def waiting(self, job: Job, store: Store) -> tuple[Evaluator, ...]:
+        """The evaluators that have not measured a job yet."""
+        return tuple(by for by in self.evaluators if not is_measured(job, by, store, self.retry))
+
     def planned(self, job: Job, store: Store) -> PlannedJob:
         """What is left to do for a job."""
         facts = store.job(job.job_id) or {"status": ""}
         status = "" if facts["status"] in self.retry else facts["status"]
-        waiting = [by for by in self.evaluators if not is_measured(job, by, store, self.retry)]
+        waiting = self.waiting(job, store)
+        needed = bool(waiting) or (self.trains and store.has_lost_fit(job.job_id))
+        if status == "ok" and needed and not store.has_fit(job.job_id):
+            status = ""
         begun = (None if status else reached(store, job.job_id)) or Reached(0, 0.0)
         return PlannedJob(
             job.job_id,
@@ -95,7 +107,7 @@ class Comparison:
             job.seed,
             str(job.budget),
             status,
-            tuple(waiting) if status in ("", "ok") else (),
+            waiting if status in ("", "ok") else (),
             begun.step,
             begun.fraction,
         )

@@ -148,7 +148,8 @@ def _stored(
         state = {name: tensor.cpu().contiguous().numpy() for name, tensor in fit.state.items()}
         curve = [dataclasses.asdict(point) for point in run.curve]
         with isolated(derive("gallery", job.job_id)):
-            store.write_fit(job.job_id, state, curve, gallery(fit, job.data(), job.seed))
+            digest = store.write_fit(job.job_id, state, curve, gallery(fit, job.data(), job.seed))
+        facts |= {"fit_sha256": digest}
         outcome = JobOutcome("ok")
     except Skipped as error:
         outcome = JobOutcome("skipped", str(error))

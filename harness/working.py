@@ -23,6 +23,8 @@ from harness.planning import Comparison, resolve
 from harness.running import JobOutcome, fit_jobs, measure_job, store_end, store_measured
 from harness.store import Store
 
+NO_FIT = "its stored fit is gone; `harness compare` fits it anew"
+"""Why a job that is done cannot be measured where nothing is trained."""
 MOST_DEATHS = 3
 """Workers that may die of a bundle of which nobody can tell what killed them."""
 
@@ -66,19 +68,21 @@ class Work:
         tell("bundle_started", bundle.jobs)
         fits = self._fits(tasks)
         tell("fitted")
-        for (job, entry), (outcome, fit) in zip(tasks, fits, strict=True):
+        for (job, _), (outcome, fit) in zip(tasks, fits, strict=True):
             if len(tasks) > 1:
                 tell("job_started", job.job_id)
             if outcome.status == "ok":
-                waiting = [by for by in entry.waiting if by.label not in bundle.without]
+                waiting = [by for by in self.comparison.waiting(job, self.store) if by.label not in bundle.without]
                 outcome = measure_job(job, waiting, fit, self.store, self._measuring, self._measured, stop)
             tell("job_finished", job.job_id, outcome.status, outcome.reason)
 
     def _fits(self, tasks: Sequence[Task]) -> list[tuple[JobOutcome, Fit | None]]:
-        status = tasks[0].entry.status
-        if status:  # a single one, that is stored
-            reason = (self.store.job(tasks[0].job.job_id) or {}).get("reason", "")
+        status, job_id = tasks[0].entry.status, tasks[0].job.job_id
+        if status and (status != "ok" or self.store.has_whole_fit(job_id)):  # a single one, that is stored
+            reason = (self.store.job(job_id) or {}).get("reason", "")
             return [(JobOutcome(status, reason), None)]
+        if not self.comparison.trains:
+            return [(JobOutcome("skipped", NO_FIT), None)]
         jobs = [task.job for task in tasks]
         self.boss.piece_begins(len(jobs))
         return fit_jobs(jobs, self.store, self.facts, self._step, self._resumed, self.boss.stop)

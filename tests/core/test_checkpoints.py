@@ -100,7 +100,8 @@ def test_a_checkpoint_that_is_damaged_is_told_of_and_the_fit_starts_anew(
     assert bad[damage] != good
     path.write_bytes(bad[damage])
     records = harness.compare(AVB, out=tmp_path, **ONE)
-    assert "state.safetensors cannot be used" in caplog.text
+    assert "state.safetensors is damaged" in caplog.text
+    assert (tmp_path / "quarantine" / path.relative_to(tmp_path)).read_bytes() == bad[damage]
     assert "the fit starts anew" in caplog.text
     assert ("schema 7" in caplog.text) == (damage == "other schema")
     assert set(records["fit_parts"]) == {1}

@@ -22,7 +22,6 @@ import harness
 from harness.comparison import evaluate, plan
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
 from harness.method import Fit
-from harness.options import UserError
 from harness.problem import Problem
 from harness.record import COLUMNS, TIMING_COLUMNS
 from harness.store import Store
@@ -274,15 +273,6 @@ def test_kill_at_any_instant_leaves_a_store_that_goes_on(tmp_path: Path, delay: 
     assert not np.isnan(records["value"].astype(float)).any()
 
 
-def test_a_damaged_fit_becomes_rows_and_the_others_go_on(tmp_path: Path) -> None:
-    first = harness.compare(METHODS, out=tmp_path, **{**SMALL, "seeds": 1, "evaluators": "exact"})
-    damaged = first[first["method"] == "vae"]["job_id"].iloc[0]
-    (tmp_path / "fits" / damaged / "state.safetensors").write_bytes(b"garbage")
-    later = evaluate(tmp_path, "reconstruction").set_index("method")
-    assert later["status"].to_dict() == {"vae": "failed", "avb": "ok"}
-    assert "damaged" in later["reason"]["vae"]
-
-
 def test_tables_that_were_lost_are_written_again(tmp_path: Path) -> None:
     harness.compare("vae", out=tmp_path, **SMALL)
     content = (tmp_path / "records.csv").read_bytes()
@@ -310,10 +300,3 @@ def test_editing_what_a_plugin_derives_from_makes_its_fits_stale() -> None:
 
     assert source_hash(VAE) in class_sources(Raising)
     assert source_hash(AVB) not in class_sources(Raising)
-
-
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    records = harness.compare("vae", out=tmp_path, **{**SMALL, "seeds": 1})
-    (tmp_path / "fits" / records["job_id"][0] / "state.safetensors").write_bytes(b"garbage")
-    with pytest.raises(UserError, match=r"state\.safetensors is damaged"):
-        harness.load(tmp_path, records["job_id"][0])

@@ -179,9 +179,9 @@ def test_a_budget_of_seconds_counts_those_of_all_runs(base: Any, now: list[float
             return super().build(view)
 
     class SlowStore(Store):
-        def _write(self, name: str, content: bytes) -> None:
+        def write(self, name: str, content: bytes) -> None:
             now[0] += 100.0
-            super()._write(name, content)
+            super().write(name, content)
 
     store, method = SlowStore(tmp_path), Timed(batch_size=8)
     whole = part(store, method, "seconds=30", Stop())

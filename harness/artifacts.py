@@ -1,0 +1,213 @@
+"""What is kept of jobs: facts, fits, checkpoints and measurements, each an atomic file (see `harness.store`)."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from harness.files import QUARANTINE, Facts, Folder, T, Wanted, arrays_of, checksum, facts_with, npz
+from harness.options import UserError
+
+
+class Artifacts(Folder):
+    """Files of jobs; what is damaged of them counts as missing."""
+
+    # Jobs and fits
+
+    def job(self, job_id: str) -> Facts | None:
+        """Facts of a finished job, or None."""
+        return self.read(f"jobs/{job_id}.json", _job)
+
+    def job_ids(self) -> list[str]:
+        return sorted(path.stem for path in (self.path / "jobs").glob("*.json"))
+
+    def write_job(self, job_id: str, facts: Mapping[str, Any], traceback: str = "") -> None:
+        if traceback:
+            self.write(f"jobs/{job_id}.traceback.txt", traceback.encode())
+        self.write(f"jobs/{job_id}.json", json.dumps(facts, indent=1).encode())
+
+    def write_fit(
+        self,
+        job_id: str,
+        state: Mapping[str, np.ndarray],
+        curve: Sequence[Mapping[str, Any]],
+        gallery: Mapping[str, np.ndarray],
+    ) -> str:
+        """Write a fit; measurements of an earlier one are dropped, unless it was the same bit for bit.
+
+        Returns:
+            The checksum of the state, for the job's facts.
+        """
+        digest = checksum(state)
+        if (self.job(job_id) or {}).get("fit_sha256") != digest:
+            shutil.rmtree(self.path / "measurements" / job_id, ignore_errors=True)
+        self.write(f"fits/{job_id}/state.safetensors", save_tensors(dict(state), {"sha256": digest}))
+        table = pd.DataFrame(curve, columns=_CURVE)
+        self.write(f"fits/{job_id}/curve.csv", table.to_csv(index=False).encode())
+        self.write(f"fits/{job_id}/gallery.npz", npz(gallery))
+        return digest
+
+    def has_fit(self, job_id: str) -> bool:
+        """Whether the trained fit is there; it may have been dropped since, or put into quarantine."""
+        return self._state_path(job_id).is_file()
+
+    def has_lost_fit(self, job_id: str) -> bool:
+        """Whether the trained fit was damaged, and has not been replaced."""
+        return not self.has_fit(job_id) and (self.path / QUARANTINE / "fits" / job_id / "state.safetensors").is_file()
+
+    def has_whole_fit(self, job_id: str) -> bool:
+        """Whether the trained fit is there and undamaged; reads all of it."""
+        return self.read(f"fits/{job_id}/state.safetensors", _tensors) is not None
+
+    def _state_path(self, job_id: str) -> Path:
+        return self.path / "fits" / job_id / "state.safetensors"
+
+    def state(self, job_id: str) -> dict[str, np.ndarray]:
+        """Tensors of a stored fit.
+
+        Raises:
+            UserError: If there is none, or it is damaged.
+        """
+        state = self.read(f"fits/{job_id}/state.safetensors", _tensors)
+        if state is None:
+            why = "it was damaged" if self.has_lost_fit(job_id) else "it was dropped, or never made"
+            raise UserError(f"{str(self.path)!r} has no stored fit {job_id!r} ({why}); `harness compare` fits it anew")
+        return state
+
+    def curve(self, job_id: str) -> pd.DataFrame:
+        """Training curve: step, seconds on the fit clock, objective, validation (nan between checks).
+
+        Raises:
+            FileNotFoundError: If there is none, or it was damaged.
+        """
+        return self._there(f"fits/{job_id}/curve.csv", _curve)
+
+    def gallery(self, job_id: str) -> dict[str, np.ndarray]:
+        """Arrays for figures, see `harness.gallery`.
+
+        Raises:
+            FileNotFoundError: If there are none, or they were damaged.
+        """
+        return self._there(f"fits/{job_id}/gallery.npz", arrays_of)
+
+    def _there(self, name: str, parse: Callable[[bytes], T]) -> T:
+        found = self.read(name, parse)
+        if found is None:
+            raise FileNotFoundError(2, "not there, or damaged", str(self.path / name))
+        return found
+
+    # Checkpoints
+
+    def checkpoint_path(self, job_id: str) -> Path:
+        """Where the checkpoint of a job is, if it has one."""
+        return self.path / "checkpoints" / job_id / "state.safetensors"
+
+    def write_checkpoint(self, job_id: str, content: bytes) -> None:
+        """Replace the checkpoint of a job.
+
+        Raises:
+            OSError: If it cannot be written; the one before is left as it was.
+        """
+        self.write(str(self.checkpoint_path(job_id).relative_to(self.path)), content)
+
+    def remove_checkpoint(self, job_id: str) -> None:
+        shutil.rmtree(self.checkpoint_path(job_id).parent, ignore_errors=True)
+
+    def environment(self) -> Facts:
+        """Machine and versions of the last run that fitted or measured anything; empty if none has."""
+        return self.read("environment.json", facts_with()) or {}
+
+    # Measurements
+
+    def measured(self, job_id: str, evaluator: str) -> Facts | None:
+        """What the evaluator with that file name has said of a job, or None."""
+        facts = self.read(f"measurements/{job_id}/{evaluator}.json", _measurement)
+        if facts is None:
+            return None
+        try:
+            size = (self.path / "measurements" / job_id / f"{evaluator}.npz").stat().st_size
+        except FileNotFoundError:
+            size = 0
+        if size == 0 or size != facts.get("npz_bytes", size):  # which is all that can be told without reading it
+            self._quarantine_measured(job_id, evaluator, f"its values per observation are of {size} bytes")
+            return None
+        return facts
+
+    def measured_by(self, job_id: str) -> list[str]:
+        """File names of the evaluators that have measured a job."""
+        return sorted(path.stem for path in (self.path / "measurements" / job_id).glob("*.json"))
+
+    def write_measured(self, job_id: str, evaluator: str, facts: Facts, examples: Mapping[str, np.ndarray]) -> None:
+        """Write measurements; the values per observation first."""
+        content = npz(examples)
+        (self.path / "measurements" / job_id / f"{evaluator}.json").unlink(missing_ok=True)
+        self.write(f"measurements/{job_id}/{evaluator}.npz", content)
+        text = json.dumps({**facts, "npz_bytes": len(content)}, indent=1)
+        self.write(f"measurements/{job_id}/{evaluator}.json", text.encode())
+
+    def traces(self, job_id: str, evaluator: str, metric: str) -> dict[str, np.ndarray]:
+        """Diagnostic arrays of a measurement by name; empty if there are none.
+
+        Args:
+            evaluator: As in the column of that name.
+        """
+        prefix = f"{metric}/traces/"
+        for name, facts in self._measurements(job_id):
+            if any(found["evaluator"] == evaluator for found in facts["rows"]):
+                arrays = self._arrays(job_id, name, lambda names: [each for each in names if each.startswith(prefix)])
+                return {key.removeprefix(prefix): array for key, array in (arrays or {}).items()}
+        return {}
+
+    def _measurements(self, job_id: str) -> Iterator[tuple[str, Facts]]:
+        for evaluator in self.measured_by(job_id):
+            if facts := self.measured(job_id, evaluator):
+                yield evaluator, facts
+
+    def _arrays(self, job_id: str, evaluator: str, wanted: Wanted) -> dict[str, np.ndarray] | None:
+        """Some of the arrays of a measurement; None if they are damaged: then it is to be made anew."""
+        name = f"measurements/{job_id}/{evaluator}.npz"
+        arrays = self.read(name, lambda content: arrays_of(content, wanted))
+        if arrays is None:
+            self._quarantine_measured(job_id, evaluator, "its values per observation are damaged")
+        return arrays
+
+    def _quarantine_measured(self, job_id: str, evaluator: str, reason: str) -> None:
+        self.quarantine(f"measurements/{job_id}/{evaluator}.json", reason)
+
+
+# What files must hold to be whole
+
+_CURVE = ["step", "seconds", "objective", "validation"]
+_job = facts_with("job_id", "status")
+
+
+def _measurement(content: bytes) -> Facts:
+    facts = facts_with("key", "rows")(content)
+    if any(not {"evaluator", "status"} <= found.keys() for found in facts["rows"]):
+        raise ValueError("a row lacks evaluator or status")
+    return facts
+
+
+def _tensors(content: bytes) -> dict[str, np.ndarray]:
+    tensors = load_tensors(content)
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    expected = header.get("__metadata__", {}).get("sha256")  # earlier versions wrote none
+    if expected is not None and expected != checksum(tensors):
+        raise ValueError("its checksum is wrong")
+    return tensors
+
+
+def _curve(content: bytes) -> pd.DataFrame:
+    table = pd.read_csv(io.BytesIO(content))
+    if missing := set(_CURVE).difference(table.columns):
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    return table

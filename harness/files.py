@@ -1,0 +1,155 @@
+"""Files of a folder of results: written whole or not at all, checked when they are read, put aside when damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Facts = dict[str, Any]
+
+QUARANTINE = "quarantine"
+
+
+class Folder:
+    """A folder whose files several processes and hosts may read and write at once.
+
+    Args:
+        path: Made by the first write.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._told = set[Path]()
+
+    def write(self, name: str, content: bytes) -> None:
+        """Atomic and durable: a reader sees the old file or the new one, whenever the process or machine dies."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+        except BaseException as error:
+            if isinstance(error, OSError):
+                error.filename = str(path)  # a full disk names none, a temporary file's name says nothing
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+    def write_text(self, name: str, content: str) -> None:
+        self.write(name, content.encode())
+
+    def read(self, name: str, parse: Callable[[bytes], T]) -> T | None:
+        """What a file holds; None if it is not there, or was damaged and is now in quarantine.
+
+        Args:
+            parse: Raises whatever it likes if the file is damaged.
+
+        Raises:
+            OSError: If the file is there and cannot be read.
+        """
+        path = self.path / name
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            return parse(content)
+        except Exception as error:  # libraries raise their own and others' errors on damaged files
+            with suppress(OSError):
+                if path.read_bytes() != content:  # another process has written it anew
+                    return self.read(name, parse)
+            self.quarantine(name, f"{error}")
+            return None
+
+    def quarantine(self, name: str, reason: str) -> None:
+        """Put a damaged file aside, and tell of it; where that cannot be done, it still counts as missing."""
+        path, aside = self.path / name, self.path / QUARANTINE / name
+        moved = f"it has been moved to {aside.parent}, and is computed again when it is needed"
+        try:
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, aside)
+        except FileNotFoundError:  # another process was faster, and has told of it
+            return
+        except OSError as error:
+            moved = f"it counts as missing, but cannot be moved to {aside.parent}: {error.strerror or error}"
+        if path not in self._told:
+            log.warning("%s is damaged (%s): %s", path, reason, moved)
+        self._told.add(path)
+
+
+def facts_with(*needed: str) -> Callable[[bytes], Facts]:
+    """Parses a JSON object that has these keys."""
+
+    def parse(content: bytes) -> Facts:
+        facts = json.loads(content)
+        if not isinstance(facts, dict):
+            raise ValueError("it is no JSON object")
+        if missing := [key for key in needed if key not in facts]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        return facts  # pyright: ignore[reportUnknownVariableType]
+
+    return parse
+
+
+def checksum(arrays: Mapping[str, np.ndarray], text: str = "") -> str:
+    """SHA-256 of arrays with their names and forms, and of a text that belongs to them."""
+    digest = hashlib.sha256(text.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"|{name} {array.dtype.str} {array.shape}|".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **dict(arrays))  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+Wanted = Callable[[Sequence[str]], Iterable[str]]
+"""Given the names of the arrays in a file, those to be read."""
+
+
+def arrays_of(content: bytes, wanted: Wanted = lambda names: names) -> dict[str, np.ndarray]:
+    """The arrays of an npz file, or some of them.
+
+    Raises:
+        KeyError: If one is not there.
+    """
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in wanted(arrays.files)}
+
+
+def parquet(table: pd.DataFrame) -> bytes:
+    buffer = io.BytesIO()
+    table.to_parquet(buffer, index=False)
+    return buffer.getvalue()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive the loss of power, where folders can be opened (not on Windows)."""
+    with suppress(PermissionError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
