@@ -49,7 +49,7 @@ class Artifacts(Folder):
         """
         digest = checksum(state)
         if (self.job(job_id) or {}).get("fit_sha256") != digest:
-            shutil.rmtree(self.path / "measurements" / job_id, ignore_errors=True)
+            self.remove_measured(job_id)
         self.write(f"fits/{job_id}/state.safetensors", save_tensors(dict(state), {"sha256": digest}))
         table = pd.DataFrame(curve, columns=_CURVE)
         self.write(f"fits/{job_id}/curve.csv", table.to_csv(index=False).encode())
@@ -153,6 +153,13 @@ class Artifacts(Folder):
         self.write(f"measurements/{job_id}/{evaluator}.npz", content)
         text = json.dumps({**facts, "npz_bytes": len(content)}, indent=1)
         self.write(f"measurements/{job_id}/{evaluator}.json", text.encode())
+
+    def remove_measured(self, job_id: str) -> None:
+        shutil.rmtree(self.path / "measurements" / job_id, ignore_errors=True)
+
+    def values(self, job_id: str, evaluator: str) -> dict[str, np.ndarray] | None:
+        """All arrays of a measurement, values per observation and traces; None if they are not there or damaged."""
+        return self._arrays(job_id, evaluator, lambda names: names)
 
     def traces(self, job_id: str, evaluator: str, metric: str) -> dict[str, np.ndarray]:
         """Diagnostic arrays of a measurement by name; empty if there are none.

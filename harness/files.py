@@ -80,6 +80,10 @@ class Folder:
             self.quarantine(name, f"{error}")
             return None
 
+    def content(self, name: str) -> bytes | None:
+        """The bytes of a file, or None if it is not there."""
+        return self.read(name, bytes)
+
     def quarantine(self, name: str, reason: str) -> None:
         """Put a damaged file aside, and tell of it; where that cannot be done, it still counts as missing."""
         path, aside = self.path / name, self.path / QUARANTINE / name

@@ -26,7 +26,7 @@ class StrictCommand(click.Command):
             if given.count(parameter) > 1 and not many:
                 raise click.UsageError(f"{name} is given twice")
             value = cast("object", values.get(parameter.name or ""))
-            for text in cast("list[object]", value) if isinstance(value, list) else [value]:
+            for text in cast("list[object]", value) if isinstance(value, list | tuple) else [value]:
                 _check_value(name, text)
         return super().parse_args(ctx, args)
 

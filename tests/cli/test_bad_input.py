@@ -38,6 +38,12 @@ MISTAKES = [
     (["reproduce"], "missing argument"),
     (["reproduce", "avb-toy", "--scale"], "'--scale' requires an argument"),
     (["reproduce", "avb-toy", "--budget", "steps=3"], "unknown option '--budget'"),
+    (["merge"], "missing argument"),
+    (["merge", "results/all"], "missing argument"),
+    (["merge", "new", "missing"], "'missing': there is no such folder"),
+    (["merge", "new", "prose.txt"], "'prose.txt': there is no such folder"),
+    (["merge", "new", "."], "'.' holds no results"),
+    (["merge", "new", ""], "empty value"),
     (["evaluate", "."], "missing option '--evaluators'"),
     # names
     (["compare", "--methods", "abv"], "unknown method 'abv'; did you mean 'avb'?"),

@@ -20,6 +20,7 @@ COMMANDS = [
     ["evaluate"],
     ["report"],
     ["reproduce"],
+    ["merge"],
     ["list"],
     ["show"],
     ["data"],
