@@ -58,7 +58,7 @@ class Artifacts(Folder):
 
     def has_fit(self, job_id: str) -> bool:
         """Whether the trained fit is there; it may have been dropped since, or put into quarantine."""
-        return self._state_path(job_id).is_file()
+        return self.state_path(job_id).is_file()
 
     def has_lost_fit(self, job_id: str) -> bool:
         """Whether the trained fit was damaged, and has not been replaced."""
@@ -68,7 +68,8 @@ class Artifacts(Folder):
         """Whether the trained fit is there and undamaged; reads all of it."""
         return self.read(f"fits/{job_id}/state.safetensors", _tensors) is not None
 
-    def _state_path(self, job_id: str) -> Path:
+    def state_path(self, job_id: str) -> Path:
+        """Where the trained fit of a job is, if it has one."""
         return self.path / "fits" / job_id / "state.safetensors"
 
     def state(self, job_id: str) -> dict[str, np.ndarray]:

@@ -44,6 +44,9 @@ MISTAKES = [
     (["merge", "new", "prose.txt"], "'prose.txt': there is no such folder"),
     (["merge", "new", "."], "'.' holds no results"),
     (["merge", "new", ""], "empty value"),
+    (["gc"], "missing argument"),
+    (["gc", "missing"], "'missing' holds no results"),
+    (["gc", ".", "--kep", "1"], "unknown option '--kep'; did you mean '--keep'?"),
     (["evaluate", "."], "missing option '--evaluators'"),
     # names
     (["compare", "--methods", "abv"], "unknown method 'abv'; did you mean 'avb'?"),

@@ -21,6 +21,7 @@ COMMANDS = [
     ["report"],
     ["reproduce"],
     ["merge"],
+    ["gc"],
     ["list"],
     ["show"],
     ["data"],
