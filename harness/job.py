@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ from harness import (
 )
 from harness.clock import Clock
 from harness.evaluator import Evaluator
+from harness.loading import source_name
 from harness.method import Budget, Method, Run
 from harness.precision import Precision, dtype_of, products_of
 from harness.problem import DeviceData, Problem, TrainingView, class_sources, loaded, placed, source_hash
@@ -137,6 +139,15 @@ class Job:
             step=self.step_mode.split()[-1],
         )
 
+    def sources(self) -> dict[str, str]:
+        """Hashes of all sources that the fit key depends on, by module: what has changed can be told by name."""
+        spec = self.problem.model_spec()
+        classes = [base for thing in (self.method, self.problem, spec) for base in type(thing).__mro__]
+        ours = [base for base in classes if base.__module__.partition(".")[0] not in sys.stdlib_module_names]
+        modules = (*self.method.modules, *spec.modules, *_FIT_SOURCES)
+        named = {**{base.__module__: base for base in ours}, **{module.__name__: module for module in modules}}
+        return {source_name(name): source_hash(thing)[:16] for name, thing in sorted(named.items())}
+
     def facts(self) -> Facts:
         """The columns of a record that are known before the job runs."""
         data = loaded(self.problem)
@@ -152,7 +163,9 @@ class Job:
             "model": repr(self.problem.model_spec()),
             "event_shape": list(data.event_shape),
             "optimum": self.problem.optimum,
+            "data_sha256": data.content_hash,
             "spec_hash": self.problem.spec_hash,
+            "sources": self.sources(),
             "method": self.method.name,
             "config": json.dumps(self.method.config, sort_keys=True),
             "plugin": self.plugin.distribution,

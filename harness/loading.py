@@ -73,10 +73,18 @@ class _FreshLoader(SourceFileLoader):
         return self.source_to_code(self.get_data(self.path), self.path)
 
 
+_FILE = "harness_plugin_file_"
+
+
+def source_name(module: str) -> str:
+    """What to call a module: its name, and for a plugin file that without what tells its folder."""
+    return f"{module.removeprefix(_FILE).rpartition('_')[0]}.py" if module.startswith(_FILE) else module
+
+
 def import_file(path: Path) -> ModuleType:
     """Import a Python file as a module of its own, whatever its folder; nothing is written beside it."""
     digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
-    name = f"harness_plugin_file_{path.stem}_{digest}"
+    name = f"{_FILE}{path.stem}_{digest}"
     loader = _FreshLoader(name, str(path))
     module = importlib.util.module_from_spec(ModuleSpec(name, loader, origin=str(path)))
     module.__file__ = str(path)

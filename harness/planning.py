@@ -208,24 +208,37 @@ def find_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+UNUSABLE = (UserError, DataError, TypeError)
+"""What is raised where a stored job has no counterpart today: its plugin, an option or its data are not there."""
+
+
+def rebuilt(registry: Registry, facts: Facts, device: torch.device) -> Job:
+    """The job that would be computed today where a store's facts speak of one; it may be another one.
+
+    Raises:
+        UserError, DataError, TypeError: `UNUSABLE`, if there is none; or later, when it is asked for its id.
+    """
+    method = registry.prototype("methods", facts["method"])
+    problem = registry.prototype("problems", facts["problem_name"])
+    return Job(
+        dataclasses.replace(problem, **facts["problem_config"]),
+        dataclasses.replace(method, **json.loads(facts["config"])),
+        facts["seed"],
+        Budget.parse(facts["budget"]),
+        device,
+        facts["precision"],
+        registry.plugin_of("methods", method),
+        facts["step_mode"],
+        fitted_on=facts["device"],
+    )
+
+
 def stored_job(registry: Registry, facts: Facts, device: torch.device) -> Job | None:
     """The job that a store's facts speak of, or None if it would be another job today."""
     try:
-        method = registry.prototype("methods", facts["method"])
-        problem = registry.prototype("problems", facts["problem_name"])
-        job = Job(
-            dataclasses.replace(problem, **facts["problem_config"]),
-            dataclasses.replace(method, **json.loads(facts["config"])),
-            facts["seed"],
-            Budget.parse(facts["budget"]),
-            device,
-            facts["precision"],
-            registry.plugin_of("methods", method),
-            facts["step_mode"],
-            fitted_on=facts["device"],
-        )
+        job = rebuilt(registry, facts, device)
         same = job.job_id == facts["job_id"]
-    except (UserError, DataError, TypeError) as error:
+    except UNUSABLE as error:
         log.warning("job %s is left out: %s", facts["job_id"], error)
         return None
     if not same:

@@ -58,7 +58,7 @@ class Work:
         self.comparison = comparison
         self.store = store
         self.boss = boss
-        self.facts = machine(comparison) | {"beside": beside}
+        self.facts = machine(comparison) | {"beside": beside, "versions": environment.versions()}
         self.jobs = {job.job_id: job for job in comparison.jobs}
 
     def __call__(self, bundle: Bundle) -> None:

@@ -21,7 +21,7 @@ from harness.cli.listing import list_things
 from harness.cli.parsing import StrictGroup, explained, one_line
 from harness.cli.reproducing import reproduce
 from harness.cli.showing import show
-from harness.cli.storing import gc, merge
+from harness.cli.storing import gc, merge, why
 
 INTERRUPTED = 130
 PIPE_CLOSED = 141
@@ -57,7 +57,7 @@ def app(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (compare, plan, evaluate, report, reproduce, merge, gc, list_things, show, data):
+for command in (compare, plan, evaluate, report, reproduce, why, merge, gc, list_things, show, data):
     app.add_command(command)
 
 

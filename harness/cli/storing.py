@@ -6,9 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from harness.cli.parsing import StrictCommand
+from harness.cli.parsing import StrictCommand, one_line
+from harness.cli.suite import plugin_option
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from harness.differences import Difference
+    from harness.files import Facts
     from harness.merging import Merged
 
 
@@ -65,6 +70,54 @@ def _bytes(size: int) -> str:
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
     return f"{size} B"
+
+
+@click.command(cls=StrictCommand)
+@click.argument("folder", metavar="DIR")
+@click.argument("job", metavar="JOB")
+@plugin_option
+def why(folder: str, job: str, plugin: tuple[str, ...]) -> int:
+    """Tell why JOB of DIR is not the same as another.
+
+    Prints what has changed since it was computed, if it would be another job now, and in what it differs from the
+    nearest other job: configuration, plugin version, sources, data, library versions, machine. JOB is its id as `plan`
+    and records have it, or the beginning of it.
+    """
+    from harness import differences
+
+    found = differences.why(folder, job, plugin)
+    job_id = str(found.job["job_id"])
+    click.echo(f"job {_named(found.job)}")
+    if not found.now:
+        click.echo(f"it cannot be computed now: {one_line(found.reason)}")
+    elif found.now == job_id:
+        click.echo("it is what would be computed now")
+    else:
+        click.echo(f"stale: in its place job {found.now} would be computed now")
+        _print_differences(found.since, job_id, "now")
+        if "sources" not in found.job:
+            click.echo(
+                "which sources have changed cannot be told: it was computed by a version that kept no note of them"
+            )
+    if found.nearest:
+        click.echo(f"nearest other job: {_named(found.nearest)}")
+        _print_differences(found.apart, job_id, str(found.nearest["job_id"]))
+    return 0
+
+
+def _named(facts: Facts) -> str:
+    label = f"{facts['method']} on {facts['problem']}, seed {facts['seed']}"
+    return f"{facts['job_id']} ({label}): {facts['status']}, begun {facts.get('started_at', 'nobody knows when')}"
+
+
+def _print_differences(found: Sequence[Difference], first: str, second: str) -> None:
+    from harness.cli.console import print_table
+
+    if found:
+        rows = [(each.aspect, each.what, each.first, each.second) for each in found]
+        print_table(("what differs", "", first, second), rows)
+    else:
+        click.echo("nothing differs that is known of both")
 
 
 def _told(merged: Merged) -> str:

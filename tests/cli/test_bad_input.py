@@ -44,6 +44,8 @@ MISTAKES = [
     (["merge", "new", "prose.txt"], "'prose.txt': there is no such folder"),
     (["merge", "new", "."], "'.' holds no results"),
     (["merge", "new", ""], "empty value"),
+    (["why", "results/all"], "missing argument"),
+    (["why", "missing", "3f9a"], "'missing' holds no results"),
     (["gc"], "missing argument"),
     (["gc", "missing"], "'missing' holds no results"),
     (["gc", ".", "--kep", "1"], "unknown option '--kep'; did you mean '--keep'?"),

@@ -20,6 +20,7 @@ COMMANDS = [
     ["evaluate"],
     ["report"],
     ["reproduce"],
+    ["why"],
     ["merge"],
     ["gc"],
     ["list"],
