@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import math
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from harness import environment
-from harness.audience import Audience, Progress
-from harness.bundling import Task, bundles
+from harness.audience import Progress
 from harness.evaluator import Evaluator
-from harness.executors import End, Limits, LocalExecutor, WorkerProcesses
+from harness.executing import execute, limited, stopping
 from harness.executors.workers import sent
 from harness.job import Job
 from harness.method import Fit, Method
-from harness.options import UserError, parse_bytes, parse_jobs, parse_seconds, unknown
+from harness.options import UserError, parse_jobs, unknown
 from harness.planning import (
     Comparison,
     PlannedJob,
@@ -38,7 +32,7 @@ from harness.registry import Registry
 from harness.running import fit_in_memory, restored
 from harness.stopping import Stop
 from harness.store import Store
-from harness.working import NO_FIT, Bundle, Deaths, Work, WorkElsewhere, machine, threads_each, threads_limited
+from harness.working import NO_FIT, WorkElsewhere, threads_each
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +54,7 @@ def compare(
     out: str | Path = DEFAULT_OUT,
     plugins: Iterable[str | Path] = (),
     retry: Iterable[str] = (),
+    only_failed: bool = False,
     stop_after: float | str | Stop | None = None,
     jobs: int | str = 1,
     time_limit: float | str | None = None,
@@ -83,6 +78,7 @@ def compare(
             is the fit of its seed alone, but for the order of sums; they share a clock. Methods that cannot be batched
             are fitted one by one, with a warning in the log, and so are budgets of seconds or convergence.
         retry: Statuses (``failed`` ...) of finished jobs that are to be tried again.
+        only_failed: Leave out jobs that have not been tried yet; ``retry`` is ``failed`` then unless given.
         stop_after: Seconds after which this run ends at the next checkpoint, or before the next job or measurement; the
             same call goes on from there. To the end unless given. Several calls may share a `Stop`.
         jobs: How many to work on at once, each in a worker process with its part of the cores. What is timed is not
@@ -111,16 +107,16 @@ def compare(
         "precision": precision,
         "step": step,
         "plugins": tuple(plugins),
-        "retry": tuple(retry),
+        "retry": _to_retry(retry, only_failed),
         "vectorize_seeds": vectorize_seeds,
     }
-    comparison = resolve(**asked)
+    comparison = _tried(resolve(**asked), Store(out), only_failed)
     limits = limited(time_limit, memory_limit)
     elsewhere = None
     if workers > 1 or limits.any:
         elsewhere = WorkElsewhere(asked, Path(out), threads_each(workers), workers, limits)
         sent(elsewhere)
-    return _execute(comparison, Store.create(out), progress or Progress(), stop, elsewhere)
+    return execute(comparison, Store.create(out), progress or Progress(), stop, elsewhere)
 
 
 def plan(
@@ -137,6 +133,7 @@ def plan(
     out: str | Path = DEFAULT_OUT,
     plugins: Iterable[str | Path] = (),
     retry: Iterable[str] = (),
+    only_failed: bool = False,
     stop_after: float | str | None = None,
     jobs: int | str = 1,
     time_limit: float | str | None = None,
@@ -146,10 +143,11 @@ def plan(
     stopping(stop_after)
     parse_jobs(jobs)
     limited(time_limit, memory_limit)
+    statuses, store = _to_retry(retry, only_failed), Store(out)
     comparison = resolve(
-        methods, problems, seeds, budget, evaluators, device, precision, step, plugins, retry, vectorize_seeds
+        methods, problems, seeds, budget, evaluators, device, precision, step, plugins, statuses, vectorize_seeds
     )
-    store = Store(out)
+    comparison = _tried(comparison, store, only_failed)
     return [comparison.planned(job, store) for job in comparison.jobs]
 
 
@@ -184,7 +182,7 @@ def evaluate(
     for job in jobs:
         if job not in kept:
             log.warning("job %s (%s on %s) is left out: %s", job.job_id, job.method.label, job.problem.label, NO_FIT)
-    return _execute(dataclasses.replace(comparison, jobs=kept), store, progress or Progress(), stop)
+    return execute(dataclasses.replace(comparison, jobs=kept), store, progress or Progress(), stop)
 
 
 def fit(
@@ -241,83 +239,17 @@ def _one(items: Sequence[Any], what: str) -> Any:
     return items[0]
 
 
-# Execution
+def _to_retry(retry: Iterable[str], only_failed: bool) -> tuple[str, ...]:
+    return tuple(retry) or (("failed",) if only_failed else ())
+
+
+def _tried(comparison: Comparison, store: Store, only_failed: bool) -> Comparison:
+    """The comparison, without jobs that have not been tried yet if those that have failed are all that is wanted."""
+    if not only_failed:
+        return comparison
+    return dataclasses.replace(comparison, jobs=[job for job in comparison.jobs if store.job(job.job_id)])
 
 
 def _kept(selection: Any) -> Any:
     """A selection that can be read twice."""
     return selection if isinstance(selection, str) or not isinstance(selection, Iterable) else tuple(selection)
-
-
-def _execute(
-    comparison: Comparison,
-    store: Store,
-    progress: Progress,
-    stop: Stop,
-    elsewhere: WorkElsewhere | None = None,
-) -> pd.DataFrame:
-    """Work on what is not done yet; the derived tables are written whatever happens.
-
-    Args:
-        elsewhere: How workers do it; in this process, one bundle of jobs after another, unless given.
-    """
-    tasks = [Task(job, entry) for job in comparison.jobs if not (entry := comparison.planned(job, store)).done]
-    if not tasks:
-        return _of(comparison, store.records() if store.is_derived() else store.derive())
-    facts = machine(comparison) | ({"threads": elsewhere.threads} if elsewhere else {})
-    store.write_text("environment.json", json.dumps({**environment.versions(), **facts}, indent=1))
-    audience = Audience(comparison.registry, {task.entry.job_id: task for task in tasks}, progress)
-    deaths = Deaths(comparison, store, facts, audience.lost)
-
-    def died(worker: int, bundle: Bundle, end: End) -> list[Bundle]:
-        return deaths.of(bundle, *audience.left(worker, bundle), end)
-
-    beside, alone = list[Bundle](), list[Bundle]()
-    for bundle in bundles(tasks):
-        timed = bundle[0].job.budget.unit == "seconds"
-        (alone if timed or not elsewhere else beside).append(Bundle(tuple(task.job.job_id for task in bundle)))
-    progress.started(len(tasks))
-    try:
-        if elsewhere and beside:
-            WorkerProcesses(elsewhere.beside, elsewhere.limits).run(elsewhere, beside, audience.heard, died, stop)
-        if elsewhere and elsewhere.limits.any:
-            one = dataclasses.replace(elsewhere, beside=1)
-            WorkerProcesses(1, elsewhere.limits).run(one, alone, audience.heard, died, stop)
-        else:
-            with threads_limited(elsewhere.threads) if elsewhere else nullcontext():
-                LocalExecutor().run(partial(Work, comparison, store), alone, audience.heard, died, stop)
-    finally:
-        progress.finished()
-        records = store.derive()
-    return _of(comparison, records)
-
-
-def stopping(after: float | str | Stop | None) -> Stop:
-    """The stop that is asked for as on the command line.
-
-    Raises:
-        UserError: If it is no positive number of seconds.
-    """
-    if isinstance(after, Stop):
-        return after
-    return Stop() if after is None else Stop(parse_seconds("stop-after", after))
-
-
-def limited(seconds: float | str | None, memory: float | str | None) -> Limits:
-    """The limits that are asked for as on the command line.
-
-    Raises:
-        UserError: If they are no positive number of seconds, or of bytes.
-    """
-    return Limits(
-        math.inf if seconds is None else parse_seconds("time-limit", seconds),
-        math.inf if memory is None else parse_bytes("memory-limit", memory),
-    )
-
-
-def _of(comparison: Comparison, records: pd.DataFrame) -> pd.DataFrame:
-    """The records that speak of a comparison, in the order of its jobs."""
-    order = {job.job_id: i for i, job in enumerate(comparison.jobs)}
-    labels = {by.label for by in comparison.evaluators}
-    mine = records[records["job_id"].isin(order) & (records["evaluator"].isin(labels) | records["evaluator"].isna())]
-    return mine.sort_values("job_id", key=lambda ids: ids.map(order), kind="stable").reset_index(drop=True)

@@ -108,7 +108,7 @@ def _take_job(job_id: str, source: Store, store: Store, merged: Merged) -> None:
         merged.fits += 1
     for evaluator in source.measured_by(job_id):
         merged.measurements += _take_measured(job_id, evaluator, source, store)
-    for name in (f"jobs/{job_id}.traceback.txt", f"jobs/{job_id}.json"):
+    for name in (f"jobs/{job_id}.traceback.txt", f"jobs/{job_id}.output.txt", f"jobs/{job_id}.json"):
         if (content := source.content(name)) is not None:
             store.write(name, content)
     store.remove_checkpoint(job_id)

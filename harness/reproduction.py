@@ -14,7 +14,8 @@ import pandas as pd
 
 from harness import environment
 from harness.audience import Progress
-from harness.comparison import compare, plan, stopping
+from harness.comparison import compare, plan
+from harness.executing import stopping
 from harness.experiment import Experiment, Scale, Suite
 from harness.options import UserError, parse_jobs, parse_seeds, seeds_text, unknown
 from harness.planning import select

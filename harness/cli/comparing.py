@@ -16,7 +16,7 @@ from harness.cli.suite import Arguments, comparison_options, plugin_option, stop
 if TYPE_CHECKING:
     import pandas as pd
 
-    from harness.comparison import PlannedJob
+    from harness.planning import PlannedJob
     from harness.store import Store
 
 

@@ -17,7 +17,7 @@ from rich.text import Text
 from harness.audience import Progress
 from harness.cli.console import progress_output
 from harness.cli.parsing import one_line
-from harness.comparison import PlannedJob
+from harness.planning import PlannedJob
 
 PLAIN_SECONDS = 10.0
 """Seconds between two lines about the same fit."""

@@ -36,7 +36,7 @@ def merge(into: str, others: tuple[str, ...]) -> int:
 
 @click.command(cls=StrictCommand)
 @click.argument("folder", metavar="DIR")
-@click.option("--keep", metavar="SIZE", help="Drop the oldest trained fits beyond that size (2GiB).  [default: keep them]")
+@click.option("--keep", metavar="SIZE", help="Drop the oldest trained fits beyond that (2GiB).  [default: keep all]")
 @click.option("--yes", is_flag=True, help="Drop it; without this, it is only told.")
 def gc(folder: str, keep: str | None, yes: bool) -> int:
     """Tell what DIR can do without, and drop it with --yes.

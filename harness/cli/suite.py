@@ -29,6 +29,7 @@ class Arguments(TypedDict, total=False):
     out: str
     plugins: list[str]
     retry: list[str]
+    only_failed: bool
     stop_after: float | str
     jobs: int | str
     time_limit: float | str
@@ -78,6 +79,7 @@ _KEYS = {
     "out": _Key("DIR", "Folder of results; what it has is not done again.  [default: results/local]"),
     "plugin": _Key("FILE.py", "A plugin from a file; may be repeated.", _TEXTS),
     "retry": _Key("STATUSES", "Try again what ended so: failed,diverged.", _TEXTS),
+    "only-failed": _Key("", "Leave out what has not been tried yet; --retry is failed then unless given.", _FLAG),
     "stop-after": _Key(
         "SECONDS",
         "Stop at the next checkpoint after that time; the same command goes on from there.  [default: never]",

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -217,6 +218,20 @@ def test_failed_jobs_are_tried_again_only_when_asked(tmp_path: Path) -> None:
     harness.compare([method], **arguments)
     assert plan([method], **arguments)[0].done
     assert not plan([method], **arguments, retry=["failed"])[0].done
+
+
+def test_only_what_has_failed_is_tried_again(tmp_path: Path) -> None:
+    arguments = {**SMALL, "seeds": 1, "evaluators": "exact", "out": tmp_path}
+    [first] = harness.compare([Raising()], **arguments)["started_at"]
+    harness.compare("vae", **arguments)
+    wanted = [Raising(), "vae", NotANumber()]
+    planned = plan(wanted, **arguments, only_failed=True)
+    assert [(job.method, job.done) for job in planned] == [("raising", False), ("vae", True)]
+    time.sleep(1.1)  # times of start are told to the second
+    again = harness.compare(wanted, **arguments, only_failed=True).set_index("method")
+    assert again["status"].to_dict() == {"raising": "failed", "vae": "ok"}
+    assert again["started_at"]["raising"] > first
+    assert not plan([NotANumber()], **arguments)[0].done
 
 
 def test_a_method_unfit_for_a_problem_is_skipped_with_its_reason(tmp_path: Path) -> None:

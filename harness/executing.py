@@ -1,0 +1,95 @@
+"""A comparison is carried out: what is not done yet is worked on, here or in worker processes, and kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from contextlib import nullcontext
+from functools import partial
+
+import pandas as pd
+
+from harness import environment
+from harness.audience import Audience, Progress
+from harness.bundling import Task, bundles
+from harness.executors import End, Limits, LocalExecutor, WorkerProcesses
+from harness.options import parse_bytes, parse_seconds
+from harness.planning import Comparison
+from harness.stopping import Stop
+from harness.store import Store
+from harness.working import Bundle, Deaths, Work, WorkElsewhere, machine, threads_limited
+
+
+def execute(
+    comparison: Comparison,
+    store: Store,
+    progress: Progress,
+    stop: Stop,
+    elsewhere: WorkElsewhere | None = None,
+) -> pd.DataFrame:
+    """Work on what is not done yet; the derived tables are written whatever happens.
+
+    Args:
+        elsewhere: How workers do it; in this process, one bundle of jobs after another, unless given.
+    """
+    tasks = [Task(job, entry) for job in comparison.jobs if not (entry := comparison.planned(job, store)).done]
+    if not tasks:
+        return records_of(comparison, store.records() if store.is_derived() else store.derive())
+    facts = machine(comparison) | ({"threads": elsewhere.threads} if elsewhere else {})
+    store.write_text("environment.json", json.dumps({**environment.versions(), **facts}, indent=1))
+    audience = Audience(comparison.registry, {task.entry.job_id: task for task in tasks}, progress)
+    deaths = Deaths(comparison, store, facts, audience.lost)
+
+    def died(worker: int, bundle: Bundle, end: End) -> list[Bundle]:
+        return deaths.of(bundle, *audience.left(worker, bundle), end)
+
+    beside, alone = list[Bundle](), list[Bundle]()
+    for bundle in bundles(tasks):
+        timed = bundle[0].job.budget.unit == "seconds"
+        (alone if timed or not elsewhere else beside).append(Bundle(tuple(task.job.job_id for task in bundle)))
+    progress.started(len(tasks))
+    try:
+        if elsewhere and beside:
+            WorkerProcesses(elsewhere.beside, elsewhere.limits).run(elsewhere, beside, audience.heard, died, stop)
+        if elsewhere and elsewhere.limits.any:
+            one = dataclasses.replace(elsewhere, beside=1)
+            WorkerProcesses(1, elsewhere.limits).run(one, alone, audience.heard, died, stop)
+        else:
+            with threads_limited(elsewhere.threads) if elsewhere else nullcontext():
+                LocalExecutor().run(partial(Work, comparison, store), alone, audience.heard, died, stop)
+    finally:
+        progress.finished()
+        records = store.derive()
+    return records_of(comparison, records)
+
+
+def stopping(after: float | str | Stop | None) -> Stop:
+    """The stop that is asked for as on the command line.
+
+    Raises:
+        UserError: If it is no positive number of seconds.
+    """
+    if isinstance(after, Stop):
+        return after
+    return Stop() if after is None else Stop(parse_seconds("stop-after", after))
+
+
+def limited(seconds: float | str | None, memory: float | str | None) -> Limits:
+    """The limits that are asked for as on the command line.
+
+    Raises:
+        UserError: If they are no positive number of seconds, or of bytes.
+    """
+    return Limits(
+        math.inf if seconds is None else parse_seconds("time-limit", seconds),
+        math.inf if memory is None else parse_bytes("memory-limit", memory),
+    )
+
+
+def records_of(comparison: Comparison, records: pd.DataFrame) -> pd.DataFrame:
+    """The records that speak of a comparison, in the order of its jobs."""
+    order = {job.job_id: i for i, job in enumerate(comparison.jobs)}
+    labels = {by.label for by in comparison.evaluators}
+    mine = records[records["job_id"].isin(order) & (records["evaluator"].isin(labels) | records["evaluator"].isna())]
+    return mine.sort_values("job_id", key=lambda ids: ids.map(order), kind="stable").reset_index(drop=True)
