@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from harness.cli import main
+
 _SURROUNDINGS = pytest.MonkeyPatch()
 
 
@@ -41,6 +43,18 @@ def generator(seed: int) -> torch.Generator:
     stream = torch.Generator()
     stream.manual_seed(seed)
     return stream
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line; exit code, stdout, stderr."""
+
+    def call(*words: str) -> tuple[int, str, str]:
+        code = main(words)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
 
 
 @pytest.fixture

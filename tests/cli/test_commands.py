@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from harness import comparison
-from harness.cli import main
 from harness.cli.suite import Arguments
 from harness.registry import Registry
 from harness.store import Store
@@ -54,18 +53,6 @@ def harness_methods():
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("COLUMNS", raising=False)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run a command line; exit code, stdout, stderr."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        code = main(words)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
 
 
 Run = Callable[..., tuple[int, str, str]]

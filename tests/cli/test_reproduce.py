@@ -12,7 +12,6 @@ import pandas as pd
 import pytest
 
 import harness
-from harness.cli import main
 from harness.store import Store
 
 HARNESS = str(Path(sysconfig.get_path("scripts")) / "harness")
@@ -43,18 +42,6 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("COLUMNS", raising=False)
     Path("tiny_toy.py").write_text(EXAMPLE.read_text())
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line; exit code, stdout, stderr."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        code = main(words)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
 
 
 def contents(folder: Path) -> dict[str, bytes]:

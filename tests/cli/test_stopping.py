@@ -15,7 +15,6 @@ import pandas as pd
 import pytest
 
 from harness.checkpoint import reached
-from harness.cli import main
 from harness.record import TIMING_COLUMNS
 from harness.store import Store
 
@@ -67,18 +66,6 @@ def _interruptible() -> Iterator[None]:
 
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line; exit code, stdout, stderr."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        code = main(words)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
 
 
 def records(folder: str) -> pd.DataFrame:

@@ -15,7 +15,6 @@ import torch
 import harness
 from harness import job as job_module
 from harness import problem as problem_module
-from harness.cli import main
 from harness.comparison import plan
 from harness.differences import Difference, differences, why
 from harness.job import Job
@@ -61,18 +60,6 @@ def store(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return Store("store")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line; exit code, stdout, stderr."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        code = main(words)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
 
 
 def facts_of(store: Store, method: str, seed: int = 0, lr: float = 1e-3) -> Facts:

@@ -14,7 +14,6 @@ import pandas as pd
 import pytest
 
 import harness
-from harness.cli import main
 from harness.comparison import evaluate, plan
 from harness.pruning import YOUNG, surplus
 from harness.store import Store
@@ -41,18 +40,6 @@ def store(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     """A copy of it in the working folder."""
     monkeypatch.chdir(tmp_path)
     return Store(shutil.copytree(made, "store"))
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command line; exit code, stdout, stderr."""
-
-    def call(*words: str) -> tuple[int, str, str]:
-        code = main(words)
-        said = capsys.readouterr()
-        return code, said.out, said.err
-
-    return call
 
 
 def aged(path: Path) -> Path:
