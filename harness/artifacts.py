@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ class Artifacts(Folder):
 
     def has_fit(self, job_id: str) -> bool:
         """Whether the trained fit is there; it may have been dropped since, or put into quarantine."""
-        return self.state_path(job_id).is_file()
+        return os.path.isfile(f"{self.path}/fits/{job_id}/state.safetensors")
 
     def has_lost_fit(self, job_id: str) -> bool:
         """Whether the trained fit was damaged, and has not been replaced."""
@@ -135,7 +137,7 @@ class Artifacts(Folder):
         if facts is None:
             return None
         try:
-            size = (self.path / "measurements" / job_id / f"{evaluator}.npz").stat().st_size
+            size = os.stat(f"{self.path}/measurements/{job_id}/{evaluator}.npz").st_size
         except FileNotFoundError:
             size = 0
         if size == 0 or size != facts.get("npz_bytes", size):  # which is all that can be told without reading it
@@ -145,14 +147,17 @@ class Artifacts(Folder):
 
     def measured_by(self, job_id: str) -> list[str]:
         """File names of the evaluators that have measured a job."""
-        return sorted(path.stem for path in (self.path / "measurements" / job_id).glob("*.json"))
+        with suppress(FileNotFoundError):
+            names = os.listdir(f"{self.path}/measurements/{job_id}")
+            return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
+        return []
 
     def write_measured(self, job_id: str, evaluator: str, facts: Facts, examples: Mapping[str, np.ndarray]) -> None:
         """Write measurements; the values per observation first."""
         content = npz(examples)
         (self.path / "measurements" / job_id / f"{evaluator}.json").unlink(missing_ok=True)
         self.write(f"measurements/{job_id}/{evaluator}.npz", content)
-        text = json.dumps({**facts, "npz_bytes": len(content)}, indent=1)
+        text = json.dumps({**facts, "npz_bytes": len(content), "arrays": list(examples)}, indent=1)
         self.write(f"measurements/{job_id}/{evaluator}.json", text.encode())
 
     def remove_measured(self, job_id: str) -> None:
@@ -171,6 +176,8 @@ class Artifacts(Folder):
         prefix = f"{metric}/traces/"
         for name, facts in self._measurements(job_id):
             if any(found["evaluator"] == evaluator for found in facts["rows"]):
+                if "arrays" in facts and not any(each.startswith(prefix) for each in facts["arrays"]):
+                    return {}  # without opening the file
                 arrays = self._arrays(job_id, name, lambda names: [each for each in names if each.startswith(prefix)])
                 return {key.removeprefix(prefix): array for key, array in (arrays or {}).items()}
         return {}

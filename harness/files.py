@@ -66,16 +66,16 @@ class Folder:
         Raises:
             OSError: If the file is there and cannot be read.
         """
-        path = self.path / name
         try:
-            content = path.read_bytes()
+            with open(f"{self.path}/{name}", "rb") as file:  # paths as objects take as long as the file
+                content = file.read()
         except FileNotFoundError:
             return None
         try:
             return parse(content)
         except Exception as error:  # libraries raise their own and others' errors on damaged files
             with suppress(OSError):
-                if path.read_bytes() != content:  # another process has written it anew
+                if (self.path / name).read_bytes() != content:  # another process has written it anew
                     return self.read(name, parse)
             self.quarantine(name, f"{error}")
             return None

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -57,6 +57,12 @@ VECTORISED = "vectorised"
 _MEASURE_SOURCES = (evaluator, estimators)
 
 
+@lru_cache(maxsize=64)
+def _spec_hash(problem: Problem, content_hash: str) -> str:
+    """Thousands of jobs share it, as long as the data are the same."""
+    return problem.spec_hash
+
+
 def _digest(facts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -91,7 +97,7 @@ class Job:
         """
         return _digest(
             {
-                "spec": self.problem.spec_hash,
+                "spec": _spec_hash(self.problem, loaded(self.problem).content_hash),
                 "method": self.method.name,
                 "config": self.method.config,
                 "seed": self.seed,

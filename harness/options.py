@@ -14,7 +14,7 @@ import operator
 import string
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -69,7 +69,7 @@ class Configurable:
                 raise UserError(f"{self.name}: option {key}={value!r}: must be finite")
             object.__setattr__(self, key, valid)
 
-    @property
+    @cached_property
     def config(self) -> dict[str, Any]:
         """All options with their values, JSON-compatible."""
         return {
@@ -78,7 +78,7 @@ class Configurable:
             if key != "name"
         }
 
-    @property
+    @cached_property
     def label(self) -> str:
         """The name and, in brackets, the options that differ from the defaults of the class."""
         usual = defaults(type(self))

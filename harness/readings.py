@@ -29,8 +29,15 @@ from harness.statistics import (
 
 def rows(records: pd.DataFrame) -> list[Row]:
     """The records one by one, with None for whatever way pandas has to say missing."""
-    present = records.astype(object).where(records.notna(), None)
-    return [dict(zip(present.columns, line, strict=True)) for line in present.itertuples(index=False, name=None)]
+    columns = [_present(records[column]) for column in records.columns]
+    return [dict(zip(records.columns, line, strict=True)) for line in zip(*columns, strict=True)]
+
+
+def _present(column: pd.Series) -> list[Any]:
+    """Column by column: row by row pandas takes a second for ten thousand records."""
+    values = column.to_numpy(dtype=object, copy=True)
+    values[column.isna().to_numpy()] = None
+    return values.tolist()
 
 
 _IDENTITY = ("problem", "method", "config", "seed", "budget", "precision", "step_mode", "device")
@@ -193,12 +200,19 @@ def log_likelihood_estimator(
 
 def values_per_observation(examples: pd.DataFrame) -> dict[tuple[str, str, str], Values]:
     """Values by (job_id, evaluator, metric); left out are those that hold an observation twice: no pairing is right."""
+    if examples.empty:
+        return {}
+    names = ["job_id", "evaluator", "metric"]
+    groups = np.asarray(examples.groupby(names, sort=False).ngroup())  # all at once: there may be ten thousand
+    index: NDArray[np.int64] = np.asarray(cast(Any, examples["index"]), dtype=np.int64)
+    value, stderr = (np.asarray(cast(Any, examples[column]), dtype=np.float64) for column in ("value", "stderr"))
+    order = np.lexsort((index, groups))
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-2))
+    stops = np.append(starts[1:], len(order))
+    keys = zip(*(np.asarray(examples[name], dtype=object)[order[starts]] for name in names), strict=True)
     found: dict[tuple[str, str, str], Values] = {}
-    for key, table in examples.groupby(["job_id", "evaluator", "metric"], sort=False):
-        job_id, evaluator, metric = (str(part) for part in cast(tuple[object, ...], key))
-        index: NDArray[np.int64] = np.asarray(cast(Any, table["index"]), dtype=np.int64)
-        value, stderr = (np.asarray(cast(Any, table[column]), dtype=np.float64) for column in ("value", "stderr"))
-        order = np.argsort(index, kind="stable")
-        if len(np.unique(index)) == len(index):
-            found[job_id, evaluator, metric] = Values(index[order], value[order], stderr[order])
+    for (job_id, evaluator, metric), start, stop in zip(keys, starts, stops, strict=True):
+        mine = order[start:stop]
+        if (np.diff(index[mine]) > 0).all():
+            found[str(job_id), str(evaluator), str(metric)] = Values(index[mine], value[mine], stderr[mine])
     return found

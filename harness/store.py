@@ -14,7 +14,9 @@ DIR/quarantine/...                          damaged files, under the names that 
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +31,7 @@ from harness.record import COLUMNS, SCHEMA, row
 
 __all__ = ["Facts", "Store"]
 
+_NAMES = ["job_id", "evaluator", "metric"]
 _VALUES = ["index", "value", "stderr"]
 
 
@@ -109,14 +112,22 @@ class Store(Artifacts):
 
     def examples(self) -> pd.DataFrame:
         """Values per observation: job_id, evaluator, metric, index (in the test split), value, stderr."""
-        tables = [
-            pd.DataFrame({"job_id": job_id, "evaluator": facts["evaluator"], "metric": facts["metric"], **columns})
+        derived = self.read("examples.parquet", _examples) if self.is_derived() else None
+        return self._examples() if derived is None else derived
+
+    def _examples(self) -> pd.DataFrame:
+        found = [
+            ((job_id, facts["evaluator"], facts["metric"]), arrays)
             for job_id in self.job_ids()
             for name, measured in self._measurements(job_id)
-            for facts, columns in self._example_columns(job_id, name, measured)
+            for facts, arrays in self._example_columns(job_id, name, measured)
         ]
-        columns = ["job_id", "evaluator", "metric", *_VALUES]
-        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+        if not found:
+            return pd.DataFrame(columns=[*_NAMES, *_VALUES])
+        sizes = [len(arrays["index"]) for _, arrays in found]
+        labels = {name: np.repeat([key[i] for key, _ in found], sizes) for i, name in enumerate(_NAMES)}
+        values = {name: np.concatenate([arrays[name] for _, arrays in found]) for name in _VALUES}
+        return pd.DataFrame({**labels, **values})
 
     def _example_columns(self, job_id: str, name: str, facts: Facts) -> Iterator[tuple[Facts, dict[str, np.ndarray]]]:
         rows = [found for found in facts["rows"] if found["status"] == "ok"]
@@ -128,16 +139,32 @@ class Store(Artifacts):
     def is_derived(self) -> bool:
         """Whether the derived tables are there and newer than everything that they are derived from."""
         derived = [self.path / name for name in ("records.parquet", "records.csv", "examples.parquet")]
-        found = [(self.path / name, pattern) for name, pattern in (("jobs", "*.json"), ("measurements", "*/*.json"))]
-        sources = [path for folder, pattern in found for path in (folder, *folder.glob(pattern))]
-        newest = max((path.stat().st_mtime_ns for path in sources if path.exists()), default=0)
-        return all(path.is_file() and path.stat().st_mtime_ns >= newest for path in derived)
+        oldest = min(path.stat().st_mtime_ns if path.is_file() else -1 for path in derived)
+        folders = [self.path / "jobs", self.path / "measurements"]
+        return oldest >= max((_newest(str(folder), 2) for folder in folders if folder.is_dir()), default=0)
 
     def derive(self) -> pd.DataFrame:
         """Write records.parquet, records.csv and examples.parquet anew; returns the records."""
-        examples = self.examples()  # first: what is found damaged here is no record
+        examples = self._examples()  # first: what is found damaged here is no record
         records = self.records()
         self.write("records.parquet", parquet(records))
         self.write("records.csv", records.to_csv(index=False).encode())
         self.write("examples.parquet", parquet(examples))
         return records
+
+
+def _examples(content: bytes) -> pd.DataFrame:
+    table = pd.read_parquet(io.BytesIO(content))
+    return table[[*_NAMES, *_VALUES]]
+
+
+def _newest(path: str, deep: int) -> int:
+    """When something in a folder has last changed, its own entries among it; so many levels down; in nanoseconds."""
+    times = [os.stat(path).st_mtime_ns]
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if entry.is_dir() and deep > 1:
+                times.append(_newest(entry.path, deep - 1))
+            elif entry.name.endswith(".json"):
+                times.append(entry.stat().st_mtime_ns)
+    return max(times)

@@ -87,16 +87,18 @@ def report(folder: str) -> int:
     """
     from harness.cli.console import output
     from harness.options import UserError
-    from harness.report.markdown import write_report
-    from harness.report.terminal import print_tables
+    from harness.report.build import tables_of
+    from harness.report.markdown import write_built
+    from harness.report.terminal import print_built
     from harness.store import Store
 
     store = Store.open(folder)
     records = store.records()
     if records.empty:
         raise UserError(f"{folder!r} has no results yet; `harness compare --out {folder}` makes them")
-    print_tables(records, store.examples(), output())
-    click.echo(f"report: {write_report(store, store.path / 'report')}")
+    built = tables_of(records, store.examples())
+    print_built(built, output())
+    click.echo(f"report: {write_built(store, records, built, store.path / 'report')}")
     return 0
 
 

@@ -32,6 +32,8 @@ MUTED = (
 
 SETTLED = 0.1
 """The part of a training curve that does not decide the vertical range: first values are huge."""
+MOST_CURVES = 100
+"""Of a method in a figure: nobody sees more of them."""
 
 RESOLUTION = 150  # dots per inch
 
@@ -100,9 +102,9 @@ def curves(table: Table, store: Source, colour: Mapping[str, str]) -> Figure | N
 
 
 def _validation_curves(row: MethodRow, store: Source) -> list[Array]:
-    """Step, seconds and validation objective of each seed, shape (3, T); seeds without any are left out."""
+    """Step, seconds and validation objective of the first seeds, shape (3, T); those without any are left out."""
     found: list[Array] = []
-    for job_id in row.jobs.values():
+    for job_id in [*row.jobs.values()][:MOST_CURVES]:
         try:
             table = store.curve(job_id)
         except (OSError, ValueError):  # never written, or damaged: the figure goes without it
@@ -123,6 +125,7 @@ def _draw_curves(axes: Axes, row: MethodRow, found: Sequence[Array], column: int
             axes.plot(curve[column], curve[2], style, color=colour, linewidth=0.8, alpha=0.4)
     mean = _mean_curve(found)
     label = plain(row.label) + (" (density ratio: no bound)" if row.density_ratio else "")
+    label += f" ({MOST_CURVES} of {len(row.jobs):,} seeds)" if len(row.jobs) > MOST_CURVES else ""
     axes.plot(mean[column], mean[2], style, color=colour, linewidth=2, label=label)
     axes.plot(mean[column][-1:], mean[2][-1:], "o", color=colour, markersize=5)
 

@@ -22,6 +22,8 @@ from harness.report.tables import MethodRow, Table
 from harness.statistics import Estimate, Row
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from harness.report.figures import Source
 
 _SPECIAL = re.compile(r"([\\`*_\[\]|~$])")
@@ -54,7 +56,11 @@ def write_report(store: Source, folder: Path) -> Path:
         The path of the Markdown file.
     """
     records = store.records()
-    built = tables_of(records, store.examples())
+    return write_built(store, records, tables_of(records, store.examples()), folder)
+
+
+def write_built(store: Source, records: pd.DataFrame, built: Sequence[Table], folder: Path) -> Path:
+    """As `write_report`, of records and tables that are there already."""
     folder.mkdir(parents=True, exist_ok=True)
     names = unique_slugs([table.key.problem for table in built])
     pictures = [_figures(table, store, built, folder, name) for table, name in zip(built, names, strict=True)]

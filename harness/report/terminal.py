@@ -39,8 +39,12 @@ def print_tables(
         job_order: Job ids as planned: the first method there is the one that the others are compared with. Without it,
             the one that was started first.
     """
+    print_built(tables_of(records, examples, job_order), console)
+
+
+def print_built(built: Sequence[Table], console: Console) -> None:
+    """As `print_tables`, of tables that are built already."""
     write = _Writer(console.options.ascii_only)
-    built = tables_of(records, examples, job_order)
     for table in built:
         console.print(write(cells.one_line(table.key.problem), "bold"), write(cells.title(table)), sep="  ")
         console.print(_rich(table, write))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from harness import comparison
+from harness.cli import console
 from harness.cli.suite import Arguments
 from harness.registry import Registry
 from harness.store import Store
@@ -311,3 +312,12 @@ def test_output_is_plain_where_it_is_no_terminal(run: Run) -> None:
         assert code == 0
         assert "\x1b" not in out + err
         assert max(map(len, out.splitlines())) <= int(os.environ.get("COLUMNS", "160"))
+
+
+def test_a_table_of_very_many_rows_is_whole_too(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [(f"row {i}", "", "[x]" * (i % 3)) for i in range(console.MANY + 1)]
+    console.print_table(("name", "nothing", "text"), rows, "a title")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:4] == ["a title", "name      text", "row 0", "row 1     [x]"]
+    assert lines[-1].split() == rows[-1][0].split() + ([rows[-1][2]] if rows[-1][2] else [])
+    assert len(lines) == len(rows) + 2

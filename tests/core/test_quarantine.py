@@ -223,3 +223,19 @@ def test_a_file_that_cannot_be_read_is_not_damaged(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         Folder(tmp_path).read("file", bytes.decode)
     assert (tmp_path / "file").exists()
+
+
+def test_values_are_read_from_the_table_as_long_as_it_is_whole_and_newer(
+    store: Store, whole: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = whole.examples()
+    store.derive()
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "_examples", lambda self: pytest.fail("ten thousand files were read"))
+        pd.testing.assert_frame_equal(store.examples(), expected)
+    damaged(store, "examples.parquet")
+    pd.testing.assert_frame_equal(store.examples(), expected)
+    store.derive()
+    [path] = store.path.glob(f"measurements/{vae(store)}/exact-*.json")
+    path.unlink()
+    assert len(store.examples()) < len(expected)
