@@ -20,7 +20,7 @@ from harness.stopping import Stop
 SMALL: dict[str, Any] = {"problems": "four-points", "budget": "steps=30", "evaluators": "exact,reconstruction"}
 
 BAD = """
-import ctypes, os, random, sys, time
+import ctypes, multiprocessing, os, random, sys, time
 from dataclasses import dataclass
 import numpy as np
 import torch
@@ -90,7 +90,8 @@ class Bad(VAE):
         return "it counts its steps"
 
 seen = [0]
-harness.checkpoint.EVERY = 0.5
+if multiprocessing.parent_process():  # in a worker, not in the process of all tests
+    harness.checkpoint.EVERY = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Dawdling(VAE):
