@@ -96,7 +96,7 @@ def compare(
         UserError: For any mistake in the arguments, before anything is run.
         Stopped: If the run has ended before its work was done; a KeyboardInterrupt.
     """
-    stop, workers = stopping(stop_after), parse_jobs(jobs)
+    stop, workers, limits = stopping(stop_after), parse_jobs(jobs), limited(time_limit, memory_limit)
     asked = {
         "methods": _kept(methods),
         "problems": _kept(problems),
@@ -111,7 +111,6 @@ def compare(
         "vectorize_seeds": vectorize_seeds,
     }
     comparison = _tried(resolve(**asked), Store(out), only_failed)
-    limits = limited(time_limit, memory_limit)
     elsewhere = None
     if workers > 1 or limits.any:
         elsewhere = WorkElsewhere(asked, Path(out), threads_each(workers), workers, limits)
@@ -139,7 +138,10 @@ def plan(
     time_limit: float | str | None = None,
     memory_limit: float | str | None = None,
 ) -> list[PlannedJob]:
-    """Every job that `compare` with the same arguments would look at, done or not; runs none and writes nothing."""
+    """Every job that `compare` with the same arguments would look at, done or not; runs none.
+
+    Nothing is written; but a damaged file that it comes upon goes into quarantine.
+    """
     stopping(stop_after)
     parse_jobs(jobs)
     limited(time_limit, memory_limit)

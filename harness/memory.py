@@ -48,9 +48,12 @@ def keep_freed() -> None:
 
     By default glibc hands most of it back to the system, and at every step of training memory is mapped and filled with
     zeros again, page by page: for small networks that takes as long as the mathematics. Other C libraries, and whoever
-    has set `MALLOC_` variables, are left alone.
+    has set `MALLOC_` variables or tunables of glibc's malloc, are left alone.
     """
-    if not any(name.startswith("MALLOC_") for name in os.environ) and (malloc_option := _libc("mallopt")):
+    tuned = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "")
+    if tuned or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    if malloc_option := _libc("mallopt"):
         malloc_option(_MMAP_THRESHOLD, KEPT_BLOCK)
         malloc_option(_TRIM_THRESHOLD, KEPT)
 

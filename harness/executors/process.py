@@ -19,6 +19,8 @@ from harness.executors.worker import PATIENCE, work_for
 
 KEPT_OUTPUT = 2**16
 """Bytes of what a worker has printed last."""
+LAST_READS = 16
+"""Reads of what is left when a worker has ended: as much as a pipe can hold."""
 
 _spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
 
@@ -114,8 +116,9 @@ class WorkerProcess(Generic[T]):
         self.process.join(PATIENCE)
         self.process.kill()
         self.process.join()
-        while self.prints and self.printed.poll():
-            self.read_output()
+        for _ in range(LAST_READS):  # no more: a process that it has started may still be printing
+            if self.prints and self.printed.poll():
+                self.read_output()
         self.connection.close()
         self.printed.close()
         code = self.process.exitcode

@@ -37,6 +37,7 @@ class WorkerProcesses(Executor):
 
     Args:
         jobs: How many at once.
+        limits: A worker that goes over one of these is killed, and another one goes on.
     """
 
     name: ClassVar[str] = "workers"
@@ -101,7 +102,7 @@ class _Run(Generic[T]):
                 worker.keep_within(self.limits)
 
     def ends(self) -> dict[Any, WorkerProcess[T]]:
-        """Where something may come from, and whom it is from: his connection comes last."""
+        """Where something may come from, and whom it is from."""
         printed = {worker.printed: worker for worker in self.workers if worker.prints}
         return printed | {worker.connection: worker for worker in self.workers}
 

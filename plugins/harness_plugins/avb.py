@@ -59,8 +59,7 @@ class AVB(GradientMethod):
 
     Args:
         noise_dim: Dimensions of the encoder's noise eps.
-        clip_norm: Largest norm of a player's gradient, 0 for no clipping, as in the released code: there a single large
-            gradient, tens of times the usual one, can undo a fit.
+        clip_norm: Largest norm of a player's gradient, 0 for no clipping, as in the released code.
         lr, adversary_lr: Learning rates of Adam for encoder with decoder, and for the adversary.
         adversary_steps: Adversary updates per primal update; those after the first see fresh batches.
         beta1: Adam's decay rate of the first moment, of both players.
