@@ -66,6 +66,7 @@ class Clock:
             with self.paused():
                 yield
         finally:
+            hand_back_freed()
             _reset_peak(self.device)
 
     @contextmanager

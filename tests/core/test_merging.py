@@ -108,8 +108,11 @@ def test_of_two_that_have_not_ended_well_the_one_that_is_there_stays(folder: Pat
 
 
 def test_what_a_job_says_of_its_failure_comes_along(folder: Path) -> None:
-    Store(folder / "b").write_job("0123456789abcdef", {"job_id": "0123456789abcdef", "status": "failed"}, "Traceback")
+    other = Store(folder / "b")
+    other.write_job("0123456789abcdef", {"job_id": "0123456789abcdef", "status": "failed"}, "Traceback")
+    other.write_text("jobs/0123456789abcdef.output.txt", "last words")
     merge(folder / "a", [folder / "b"])
+    assert (folder / "a" / "jobs" / "0123456789abcdef.output.txt").read_text() == "last words"
     assert (folder / "a" / "jobs" / "0123456789abcdef.traceback.txt").read_text() == "Traceback"
 
 
