@@ -5,13 +5,12 @@ Each part has a state that can be kept and taken up again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adam import adam
 
 from harness.method import Run
 
@@ -62,8 +61,8 @@ class InPlace:
 class Owned:
     """A player with its parameters in R replicas, each replica's all in one row of a matrix, and its optimiser.
 
-    The modules' parameters become views of their row, so that a step of the optimiser is one operation, whatever the
-    number of layers. A player whose modules have no parameters (a fixed model) never steps.
+    The modules' parameters become views of their row. A player whose modules have no parameters (a fixed model) never
+    steps.
 
     Args:
         players: One for each replica: the same but for learning rate and betas.
@@ -83,7 +82,7 @@ class Owned:
         self.sizes = [p.numel() for p in self.parameters]
         self.flat = self._flattened([stacked.detach() for stacked in stacks(self.replicas).values()])
         self.rows = self.flat.unbind()
-        self.adam = Adam(self.flat, players)
+        self.adam = Adam(self.flat, self._pieces, players)
         for own, row in zip(self.replicas, self.rows, strict=True):
             for parameter, part in zip(own.values(), self._parts(row), strict=True):
                 parameter.data = part.view_as(parameter)
@@ -96,15 +95,25 @@ class Owned:
         ]
         return dict(zip(self.replicas[0], self.parameters, strict=True))
 
-    def gradient(self, loss: Tensor, tensors: Mapping[str, Tensor] | None, *, keep: bool) -> Tensor:
-        """The gradient of the player's loss, a scalar or (R,): (R, P).
+    @property
+    def pieces(self) -> int:
+        """In how many a gradient comes."""
+        return len(self.sizes) if len(self.rows) == 1 else 1
+
+    def gradient(self, loss: Tensor, tensors: Mapping[str, Tensor] | None, *, keep: bool) -> list[Tensor]:
+        """The gradient of the player's loss, a scalar or (R,), in the pieces that the optimiser takes, each (R, n).
+
+        Those of a single replica are its parameters, so that nothing is copied; of several there is one, (R, P), so
+        that a step of the optimiser is one operation.
 
         Args:
             tensors: What the loss was computed from, by name, if that is not the parameters themselves.
         """
         parameters = self.parameters if tensors is None else [tensors[name] for name in self.replicas[0]]
         gradients = torch.autograd.grad(loss, parameters, torch.ones_like(loss), retain_graph=keep)
-        return self._flattened(gradients)
+        if self.pieces == 1:
+            return [self._flattened(gradients)]
+        return [gradient.reshape(1, -1).contiguous() for gradient in gradients]
 
     def part(self, replica: int) -> InPlace:
         """The parameters of one replica, flat, and what the optimiser knows of them."""
@@ -117,6 +126,9 @@ class Owned:
         rows = [tensor.reshape(len(self.paddings[0]), -1) for tensor in tensors]
         return torch.cat([piece for pair in zip(rows, self.paddings, strict=True) for piece in pair], 1)
 
+    def _pieces(self, flat: Tensor) -> list[Tensor]:
+        return self._parts(flat) if self.pieces > 1 else [flat]
+
     def _parts(self, flat: Tensor) -> list[Tensor]:
         """What `_flattened` has put together, of all replicas (R, P) or one (P,): each of (R, n) or (n,)."""
         paddings = [padding.shape[1] for padding in self.paddings]
@@ -127,31 +139,38 @@ class Owned:
 class Adam:
     """Steps of Adam on the rows of a matrix (R, P), each with its player's learning rate and decay rates.
 
-    Kingma and Ba 2015, algorithm 1, https://arxiv.org/abs/1412.6980. Rows that share these are one tensor of the fused
-    kernel. Torch's own class loads torch's compiler at its first step, which takes a second.
+    Kingma and Ba 2015, algorithm 1, https://arxiv.org/abs/1412.6980. Rows that share these are given to the fused
+    kernel together. Torch's own class loads torch's compiler at its first step, which takes a second.
+
+    Args:
+        pieces: Cuts such a matrix into what gradients come in, each (R, n).
     """
 
-    def __init__(self, flat: Tensor, players: Sequence[Player]) -> None:
+    def __init__(self, flat: Tensor, pieces: Callable[[Tensor], list[Tensor]], players: Sequence[Player]) -> None:
         self.moments = {name: torch.zeros_like(flat) for name in ("exp_avg", "exp_avg_sq")}
         self.settings = [(player.lr, player.betas) for player in players]
         alike = len({*self.settings}) == 1
         blocks = [slice(None)] if alike else [slice(row, row + 1) for row in range(len(players))]
         counts = [torch.zeros((), dtype=torch.float32, device=flat.device) for _ in blocks]
         self.counts = counts * len(players) if alike else counts
+        cut = [pieces(matrix) for matrix in (flat, *self.moments.values())]
         self.blocks = [
-            (*setting, block, [flat[block]], *[[moment[block]] for moment in self.moments.values()], [count])
+            (*setting, block, count, [[piece[block] for piece in matrix] for matrix in cut])
             for setting, block, count in zip(self.settings[: len(blocks)], blocks, counts, strict=True)
         ]
 
-    def step(self, gradients: Tensor, clip_norm: float, lr_factor: float) -> None:
-        """Along gradients (R, P), each row's cut to that norm first, in place, unless it is 0."""
+    def step(self, gradients: Sequence[Tensor], clip_norm: float, lr_factor: float) -> None:
+        """Along a gradient in pieces (R, n), each row's cut to that norm first, unless it is 0."""
         if clip_norm:  # as `torch.nn.utils.clip_grad_norm_` does
-            norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
-            gradients.mul_((clip_norm / (norms + 1e-6)).clamp(max=1.0))
-        for lr, (beta1, beta2), block, parameters, first, second, counts in self.blocks:
-            adam(
-                parameters, [gradients[block]], first, second, [], counts, fused=True, amsgrad=False, beta1=beta1,
-                beta2=beta2, lr=lr * lr_factor, weight_decay=0.0, eps=EPSILON, maximize=False,
+            norms = torch.stack([torch.linalg.vector_norm(piece, dim=1, keepdim=True) for piece in gradients])
+            factors = (clip_norm / (torch.linalg.vector_norm(norms, dim=0) + 1e-6)).clamp(max=1.0)
+            gradients = [piece * factors for piece in gradients]  # not in place: two may be one tensor
+        for lr, (beta1, beta2), block, count, (parameters, first, second) in self.blocks:
+            count += 1
+            own = [piece[block] for piece in gradients]
+            torch._fused_adam_(
+                parameters, own, first, second, [], [count] * len(own), lr=lr * lr_factor, beta1=beta1, beta2=beta2,
+                weight_decay=0.0, eps=EPSILON, amsgrad=False, maximize=False,
             )  # fmt: skip
 
     def part(self, row: int) -> dict[str, Tensor]:

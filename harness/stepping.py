@@ -7,6 +7,7 @@ the numbers are the same to the last bit; on CUDA it becomes one CUDA graph. Com
 
 from __future__ import annotations
 
+import itertools
 import logging
 import warnings
 from abc import ABC, abstractmethod
@@ -28,8 +29,8 @@ Step = Literal["auto", "eager", "graph", "compile"]
 was asked for."""
 
 Program = Callable[..., Sequence[Tensor]]
-"""Of the tensors of all replicas and what was drawn: the objective (R,), the movers' losses (M, R), then the gradient
-(R, P) of each mover."""
+"""Of the tensors of all replicas and what was drawn: the objective (R,), the movers' losses (M, R), then the pieces of
+each mover's gradient."""
 
 COMPILER: dict[str, Any] = {"compile_threads": 1}  # a pool of processes would outlive a run that is killed
 FIRST_UPDATES = 100  # by auto: a fit of few steps is over before a recording would have paid
@@ -56,8 +57,8 @@ class Gradients(ABC):
     used: str
 
     @abstractmethod
-    def __call__(self, movers: Sequence[Owned], drawn: Drawn) -> tuple[Tensor, Sequence[Tensor]]:
-        """The objective (R,), and of each of the players the gradient of its loss (R, P), until the next call."""
+    def __call__(self, movers: Sequence[Owned], drawn: Drawn) -> tuple[Tensor, list[list[Tensor]]]:
+        """The objective (R,), and of each of the players the gradient of its loss in pieces, until the next call."""
 
     @abstractmethod
     def check(self) -> None:
@@ -76,7 +77,7 @@ class Eager(Gradients):
     def __init__(self, together: Together) -> None:
         self.together = together
 
-    def __call__(self, movers: Sequence[Owned], drawn: Drawn) -> tuple[Tensor, Sequence[Tensor]]:
+    def __call__(self, movers: Sequence[Owned], drawn: Drawn) -> tuple[Tensor, list[list[Tensor]]]:
         losses = self.together.losses(drawn)
         return losses[self.together.objective].detach().reshape(-1), differentiated(losses, movers)
 
@@ -100,7 +101,7 @@ class Recorded(Gradients):
         self.programs: dict[tuple[str, ...], Program] = {}
         self.last: dict[tuple[str, ...], Drawn] = {}
 
-    def __call__(self, movers: Sequence[Owned], drawn: Drawn) -> tuple[Tensor, Sequence[Tensor]]:
+    def __call__(self, movers: Sequence[Owned], drawn: Drawn) -> tuple[Tensor, list[list[Tensor]]]:
         if self.broken or self.after > 0:
             self.after -= 1
             return self.eager(movers, drawn)
@@ -117,8 +118,9 @@ class Recorded(Gradients):
                 return self.eager(movers, drawn)
             self.used = self.mode
         self.last[names] = drawn
-        objective, _, *gradients = self._replayed(names, drawn)
-        return objective, gradients
+        objective, _, *pieces = self._replayed(names, drawn)
+        rest = iter(pieces)
+        return objective, [[*itertools.islice(rest, owned.pieces)] for owned in movers]
 
     def check(self) -> None:
         for names, drawn in self.last.items() if not self.broken else ():
@@ -148,7 +150,8 @@ class Recorded(Gradients):
             x, *draws = values[len(names) :]
             losses = self.together.losses_at(tensors, (x, dict(zip(noise, draws, strict=True))))
             objective = losses[self.together.objective].detach().reshape(-1)
-            return objective, _of(players, losses).detach(), *differentiated(losses, movers, tensors)
+            gradients = differentiated(losses, movers, tensors)
+            return objective, _of(players, losses).detach(), *itertools.chain.from_iterable(gradients)
 
         inputs = [*self.together.tensors.values(), *_flat(drawn)]
         program: Program = make_fx(step)(*inputs)
@@ -198,8 +201,8 @@ def gradients_by(step: str, together: Together) -> Gradients:
 
 def differentiated(
     losses: Mapping[str, Tensor], movers: Sequence[Owned], tensors: Mapping[str, Tensor] | None = None
-) -> list[Tensor]:
-    """The gradient of each player's own loss.
+) -> list[list[Tensor]]:
+    """The gradient of each player's own loss, in pieces.
 
     Args:
         tensors: What the losses were computed from, by name, where that is not the players' own parameters.

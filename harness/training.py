@@ -347,4 +347,4 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     x = torch.randn(2, 2, generator=stream, device=device, dtype=dtype)
     weight = layer.weight.detach().view(1, -1)
     [gradient] = torch.autograd.grad(layer(x).sum(), [layer.weight])
-    Adam(weight, [Player("", (), lr=1e-3)]).step(gradient.view(1, -1), 1.0, 1.0)
+    Adam(weight, lambda flat: [flat], [Player("", (), lr=1e-3)]).step([gradient.view(1, -1)], 1.0, 1.0)

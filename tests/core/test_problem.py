@@ -70,6 +70,14 @@ def test_reads_are_the_same_from_the_same_stream_only() -> None:
     assert not torch.equal(split.read(rows, generator(1)), split.read(rows, generator(2)))
 
 
+def test_a_pixel_is_1_where_a_uniform_number_is_below_its_intensity() -> None:
+    split = Split(torch.arange(17, dtype=torch.uint8).expand(100, 17), 16, torch.float32, binarise=True)
+    read = split.read(torch.arange(100), torch.Generator())
+    uniform = torch.rand(100, 17, generator=torch.Generator())
+    assert torch.equal(read, (uniform < torch.arange(17) / 16).float())
+    assert not read.signbit().any()  # no pixel is -0
+
+
 @pytest.mark.parametrize(("levels", "binarisation"), [(16, "none"), (None, "static"), (None, "none")])
 def test_other_reads_are_the_values_and_use_up_no_randomness(levels: int | None, binarisation: Any) -> None:
     data = spec(levels=levels, binarisation=binarisation)
