@@ -168,7 +168,7 @@ class Adam:
         for lr, (beta1, beta2), block, count, (parameters, first, second) in self.blocks:
             count += 1
             own = [piece[block] for piece in gradients]
-            torch._fused_adam_(
+            torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
                 parameters, own, first, second, [], [count] * len(own), lr=lr * lr_factor, beta1=beta1, beta2=beta2,
                 weight_decay=0.0, eps=EPSILON, amsgrad=False, maximize=False,
             )  # fmt: skip

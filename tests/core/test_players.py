@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -51,7 +52,8 @@ def test_steps_are_those_of_torch(seeds: tuple[int, ...], clip_norm: float) -> N
                 nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
             optimiser.step()
         if len(seeds) > 1:
-            loss = torch.func.vmap(loss_of, in_dims=(0, 0, 0, 0, None))(*owned.parameters, x)
+            weight, one, two, mean = owned.parameters
+            loss = torch.func.vmap(partial(loss_of, x=x))(weight, one, two, mean)
         else:
             loss = modules[0]["net"].loss(x)
         owned.adam.step(owned.gradient(loss, None, keep=False), clip_norm, lr_factor=0.5)
