@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from harness.audience import Progress
 from harness.evaluator import Evaluator
 from harness.executing import execute, limited, stopping
+from harness.executor import Executor
 from harness.executors.workers import sent
 from harness.job import Job
 from harness.method import Fit, Method
@@ -33,6 +33,9 @@ from harness.running import fit_in_memory, restored
 from harness.stopping import Stop
 from harness.store import Store
 from harness.working import NO_FIT, WorkElsewhere, threads_each
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,7 @@ def compare(
     only_failed: bool = False,
     stop_after: float | str | Stop | None = None,
     jobs: int | str = 1,
+    executor: str | Executor | None = None,
     time_limit: float | str | None = None,
     memory_limit: float | str | None = None,
     progress: Progress | None = None,
@@ -84,6 +88,8 @@ def compare(
         jobs: How many to work on at once, each in a worker process with its part of the cores. What is timed is not
             comparable then, and says so; fits whose budget is seconds run one at a time, with as many threads. Objects
             among the arguments must be such that they can be pickled.
+        executor: Where jobs run, if not on this machine (``"slurm[minutes=120]"``), or an object. What is found here of
+            methods, problems and data must be there too. Unless a device is named, it is one as this machine has.
         time_limit: Seconds (or ``"10min"``) after which a fit, or a measurement, is killed; it gets the status
             ``timeout``, and the work goes on. Fits that are trained together have that time for each of them.
         memory_limit: Bytes (or ``"8GiB"``) of main memory beyond which the process of a fit or measurement is killed;
@@ -110,15 +116,34 @@ def compare(
         "retry": _to_retry(retry, only_failed),
         "vectorize_seeds": vectorize_seeds,
     }
-    comparison = _tried(resolve(**asked), Store(out), only_failed)
+    chosen = executor_of(executor, plugins, workers)
+    comparison = _tried(resolve(**asked, here=chosen is None), Store(out), only_failed)
     elsewhere = None
-    if workers > 1 or limits.any:
-        elsewhere = WorkElsewhere(asked, Path(out), threads_each(workers), workers, limits)
+    if chosen:
+        asked |= {"device": comparison.device.type, "here": True}
+        elsewhere = WorkElsewhere(
+            partial(resolve, **asked), Path(out).resolve(), chosen.threads, 1 if chosen.apart else 2, limits
+        )
+    elif workers > 1 or limits.any:
+        elsewhere = WorkElsewhere(partial(resolve, **asked), Path(out), threads_each(workers), workers, limits)
+    if elsewhere:
         sent(elsewhere)
-    return execute(comparison, Store.create(out), progress or Progress(), stop, elsewhere)
+    return execute(comparison, Store.create(out), progress or Progress(), stop, elsewhere, chosen)
 
 
-def plan(
+def plan(methods: Selection, *arguments: Any, out: str | Path = DEFAULT_OUT, **asked: Any) -> list[PlannedJob]:
+    """Every job that `compare` with the same arguments would look at, done or not; runs none.
+
+    Nothing is written; but a damaged file that it comes upon goes into quarantine.
+
+    Raises:
+        UserError: For any mistake in the arguments.
+    """
+    found, store = planned(methods, *arguments, out=out, **asked), Store(out)
+    return [found.planned(job, store) for job in found.jobs]
+
+
+def planned(
     methods: Selection,
     problems: Selection = DEFAULT_PROBLEMS,
     seeds: int | str | Sequence[int] = 3,
@@ -135,22 +160,27 @@ def plan(
     only_failed: bool = False,
     stop_after: float | str | None = None,
     jobs: int | str = 1,
+    executor: str | Executor | None = None,
     time_limit: float | str | None = None,
     memory_limit: float | str | None = None,
-) -> list[PlannedJob]:
-    """Every job that `compare` with the same arguments would look at, done or not; runs none.
+    here: bool = True,
+) -> Comparison:
+    """What `compare` with the same arguments would work on.
 
-    Nothing is written; but a damaged file that it comes upon goes into quarantine.
+    Args:
+        here: Whether its jobs are to run on this machine, unless an executor is named: then the device must be there.
+
+    Raises:
+        UserError: For any mistake in the arguments.
     """
     stopping(stop_after)
-    parse_jobs(jobs)
     limited(time_limit, memory_limit)
+    here = executor_of(executor, plugins, parse_jobs(jobs)) is None and here
     statuses, store = _to_retry(retry, only_failed), Store(out)
     comparison = resolve(
-        methods, problems, seeds, budget, evaluators, device, precision, step, plugins, statuses, vectorize_seeds
+        methods, problems, seeds, budget, evaluators, device, precision, step, plugins, statuses, vectorize_seeds, here
     )
-    comparison = _tried(comparison, store, only_failed)
-    return [comparison.planned(job, store) for job in comparison.jobs]
+    return _tried(comparison, store, only_failed)
 
 
 def evaluate(
@@ -239,6 +269,24 @@ def _one(items: Sequence[Any], what: str) -> Any:
     if len(items) != 1:
         raise UserError(f"{what} takes exactly one method and one problem, got {len(items)} combinations")
     return items[0]
+
+
+def executor_of(given: str | Executor | None, plugins: Iterable[str | Path], jobs: int) -> Executor | None:
+    """Where jobs run, if not on this machine.
+
+    Raises:
+        UserError: If there is none of that name, or if it is asked for several jobs at once on this machine too.
+    """
+    if given is None or given == "local":
+        return None
+    chosen: list[Executor] = (
+        [given] if isinstance(given, Executor) else Registry.discover(plugins).select("executors", given)
+    )
+    if len(chosen) != 1:
+        raise UserError(f"executor: expected one, got {len(chosen)}: {given!r}")
+    if jobs > 1:
+        raise UserError(f"jobs: how many run at once is up to the executor {chosen[0].label!r}; leave jobs at 1")
+    return chosen[0]
 
 
 def _to_retry(retry: Iterable[str], only_failed: bool) -> tuple[str, ...]:

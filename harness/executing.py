@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from harness import environment
 from harness.audience import Audience, Progress
 from harness.bundling import Task, bundles
-from harness.executors import End, Limits, LocalExecutor, WorkerProcesses
+from harness.executor import Executor
+from harness.executors import Elsewhere, End, Limits, LocalExecutor, Runner, WorkerProcesses
 from harness.options import parse_bytes, parse_seconds
 from harness.planning import Comparison
 from harness.stopping import Stop
 from harness.store import Store
 from harness.working import Bundle, Deaths, Work, WorkElsewhere, machine, threads_limited
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def execute(
@@ -27,16 +30,26 @@ def execute(
     progress: Progress,
     stop: Stop,
     elsewhere: WorkElsewhere | None = None,
+    executor: Executor | None = None,
+    derive: bool = True,
 ) -> pd.DataFrame:
-    """Work on what is not done yet; the derived tables are written whatever happens.
+    """Work on what is not done yet; the store's tables are derived whatever happens.
 
     Args:
         elsewhere: How workers do it; in this process, one bundle of jobs after another, unless given.
+        executor: Who has them do it; worker processes of this machine unless given.
+        derive: Leave the tables as they are if not.
     """
+
+    def records() -> pd.DataFrame:
+        return records_of(
+            comparison, store.derive() if derive else store.records(job.job_id for job in comparison.jobs)
+        )
+
     tasks = [Task(job, entry) for job in comparison.jobs if not (entry := comparison.planned(job, store)).done]
     if not tasks:
-        return records_of(comparison, store.records() if store.is_derived() else store.derive())
-    facts = machine(comparison) | ({"threads": elsewhere.threads} if elsewhere else {})
+        return records_of(comparison, store.records()) if derive and store.is_derived() else records()
+    facts = machine(comparison) | ({"threads": elsewhere.threads} if elsewhere and elsewhere.threads else {})
     store.write_text("environment.json", json.dumps({**environment.versions(), **facts}, indent=1))
     audience = Audience(comparison.registry, {task.entry.job_id: task for task in tasks}, progress)
     deaths = Deaths(comparison, store, facts, audience.lost)
@@ -46,22 +59,26 @@ def execute(
 
     beside, alone = list[Bundle](), list[Bundle]()
     for bundle in bundles(tasks):
-        timed = bundle[0].job.budget.unit == "seconds"
+        timed = bundle[0].job.budget.unit == "seconds" and not (executor and executor.apart)
         (alone if timed or not elsewhere else beside).append(Bundle(tuple(task.job.job_id for task in bundle)))
     progress.started(len(tasks))
-    try:
+    with store.derived_anyway() if derive else nullcontext(), ExitStack() as at_end:
+        at_end.callback(progress.finished)
         if elsewhere and beside:
-            WorkerProcesses(elsewhere.beside, elsewhere.limits).run(elsewhere, beside, audience.heard, died, stop)
-        if elsewhere and elsewhere.limits.any:
+            _runner(elsewhere, executor).run(elsewhere, beside, audience.heard, died, stop)
+        if elsewhere and alone and (executor or elsewhere.limits.any):
             one = dataclasses.replace(elsewhere, beside=1)
-            WorkerProcesses(1, elsewhere.limits).run(one, alone, audience.heard, died, stop)
+            _runner(one, executor, one_at_a_time=True).run(one, alone, audience.heard, died, stop)
         else:
-            with threads_limited(elsewhere.threads) if elsewhere else nullcontext():
+            with threads_limited(elsewhere.threads) if elsewhere and elsewhere.threads else nullcontext():
                 LocalExecutor().run(partial(Work, comparison, store), alone, audience.heard, died, stop)
-    finally:
-        progress.finished()
-        records = store.derive()
-    return records_of(comparison, records)
+    return records()
+
+
+def _runner(elsewhere: WorkElsewhere, executor: Executor | None, *, one_at_a_time: bool = False) -> Runner:
+    if executor is None:
+        return WorkerProcesses(elsewhere.beside, elsewhere.limits)
+    return Elsewhere(executor, elsewhere.out, elsewhere.limits, one_at_a_time)
 
 
 def stopping(after: float | str | Stop | None) -> Stop:

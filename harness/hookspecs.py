@@ -9,6 +9,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from harness.evaluator import Evaluator
+    from harness.executor import Executor
     from harness.experiment import Experiment
     from harness.job import Job
     from harness.method import Method
@@ -49,6 +50,12 @@ def harness_evaluators() -> Sequence[Evaluator]:
 @hookspec
 def harness_experiments() -> Sequence[Experiment]:
     """Experiments of papers, each with its default options."""
+    ...
+
+
+@hookspec
+def harness_executors() -> Sequence[Executor]:
+    """Executors, each with its default options."""
     ...
 
 

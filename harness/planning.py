@@ -125,7 +125,16 @@ def resolve(
     plugins: Iterable[str | Path],
     retry: Iterable[str],
     vectorize_seeds: bool = False,
+    here: bool = True,
 ) -> Comparison:
+    """The comparison that is asked for.
+
+    Args:
+        here: Whether its jobs are to run on this machine: then the device must be there.
+
+    Raises:
+        UserError: For any mistake in the arguments.
+    """
     registry = Registry.discover(plugins)
     chosen_methods: list[Method] = select(registry, "methods", methods)
     chosen_problems: list[Problem] = select(registry, "problems", problems)
@@ -134,7 +143,7 @@ def resolve(
         if evaluators is None
         else select(registry, "evaluators", evaluators)
     )
-    place, numbers = find_device(device), parse_seeds(seeds)
+    place, numbers = find_device(device, here), parse_seeds(seeds)
     precisely, mode = parse_precision(precision), parse_step(step)
     everywhere = Budget.parse(budget) if budget is not None else None
     for problem in chosen_problems:
@@ -200,10 +209,10 @@ def _statuses(retry: Iterable[str]) -> frozenset[str]:
     return frozenset(one_of("status to retry", status, known) for status in retry)
 
 
-def find_device(name: str) -> torch.device:
+def find_device(name: str, here: bool = True) -> torch.device:
     if one_of("device", name, ["auto", "cpu", "cuda"]) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
+    if here and name == "cuda" and not torch.cuda.is_available():
         raise UserError("device 'cuda' is not available on this machine; use --device cpu or auto")
     return torch.device(name)
 

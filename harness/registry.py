@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -13,6 +14,7 @@ import pluggy
 
 from harness import hookspecs
 from harness.evaluator import Evaluator
+from harness.executor import Executor
 from harness.experiment import Experiment
 from harness.loading import PluginError, check_marked, check_prototype, import_file, reason_of
 from harness.method import Method
@@ -27,6 +29,7 @@ _KINDS: dict[str, type[Configurable]] = {
     "problems": Problem,
     "evaluators": Evaluator,
     "experiments": Experiment,
+    "executors": Executor,
 }
 
 
@@ -61,7 +64,7 @@ class Provided(Generic[T]):
 
 @dataclass
 class Registry:
-    """All methods, datasets, problems, evaluators and experiments by name, with the plugin that each comes from."""
+    """All that plugins provide, by name, with the plugin that each thing comes from."""
 
     plugins: list[Plugin] = field(default_factory=list)
     methods: dict[str, Provided[Method]] = field(default_factory=dict)
@@ -69,6 +72,7 @@ class Registry:
     problems: dict[str, Provided[Problem]] = field(default_factory=dict)
     evaluators: dict[str, Provided[Evaluator]] = field(default_factory=dict)
     experiments: dict[str, Provided[Experiment]] = field(default_factory=dict)
+    executors: dict[str, Provided[Executor]] = field(default_factory=dict)
     manager: pluggy.PluginManager = field(default_factory=lambda: pluggy.PluginManager(hookspecs.PROJECT))
 
     def __post_init__(self) -> None:
@@ -137,8 +141,7 @@ class Registry:
                 )
 
     def _load_entry_point(self, entry_point: metadata.EntryPoint) -> None:
-        distribution = entry_point.dist
-        origin = (distribution.name, distribution.version) if distribution else ("unknown", "")
+        origin = _origin(entry_point.dist) if entry_point.dist else ("unknown", "")
         try:
             self._register(entry_point.load(), Plugin(entry_point.name, *origin))
         except _NameTaken:
@@ -209,6 +212,12 @@ class Registry:
                     "uninstall or rename one"
                 )
             known[thing.name] = Provided(thing, plugin)
+
+
+@cache
+def _origin(distribution: metadata.Distribution) -> tuple[str, str]:
+    """Name and version; reading them takes a millisecond, and most entry points have one distribution in common."""
+    return distribution.name, distribution.version
 
 
 class _NameTaken(UserError):

@@ -14,8 +14,9 @@ import pandas as pd
 
 from harness import environment
 from harness.audience import Progress
-from harness.comparison import compare, plan
+from harness.comparison import compare, executor_of, plan
 from harness.executing import stopping
+from harness.executor import Executor
 from harness.experiment import Experiment, Scale, Suite
 from harness.options import UserError, parse_jobs, parse_seeds, seeds_text, unknown
 from harness.planning import select
@@ -54,6 +55,7 @@ def reproduce(
     retry: Iterable[str] = (),
     stop_after: float | str | None = None,
     jobs: int | str = 1,
+    executor: str | Executor | None = None,
     time_limit: float | str | None = None,
     memory_limit: float | str | None = None,
     progress: Progress | None = None,
@@ -67,7 +69,7 @@ def reproduce(
         out: ``results/NAME`` unless given, with the scale in the name if it is not laptop.
         retry: Statuses (``failed`` ...) of finished jobs that are to be tried again.
         stop_after: As in `harness.compare`, for all suites together.
-        jobs, time_limit, memory_limit: As in `harness.compare`.
+        jobs, executor, time_limit, memory_limit: As in `harness.compare`.
 
     Returns:
         The records of all suites, one row per measurement, with the columns ``suite`` and ``run``.
@@ -86,6 +88,7 @@ def reproduce(
         retry=retry,
         stop_after=stop_after,
         jobs=jobs,
+        executor=executor,
         time_limit=time_limit,
         memory_limit=memory_limit,
         progress=progress,
@@ -104,6 +107,7 @@ def run(
     retry: Iterable[str],
     stop_after: float | str | None,
     jobs: int | str,
+    executor: str | Executor | None,
     time_limit: float | str | None,
     memory_limit: float | str | None,
     progress: Progress | None,
@@ -114,10 +118,11 @@ def run(
     chosen, at = _one(registry, experiment), _scale(scale)
     numbers = parse_seeds(chosen.seeds(at) if seeds is None else seeds)
     folder = Path(out) if out is not None else Path("results") / _folder(chosen.label, at)
-    common = {"device": device, "plugins": plugins, "retry": retry, "jobs": parse_jobs(jobs)}
+    common = {"device": device, "plugins": plugins, "retry": retry, "jobs": parse_jobs(jobs), "executor": executor}
     common |= {"time_limit": time_limit, "memory_limit": memory_limit}
     *_, suites = rehearse(chosen, at)
-    *_, beside = rehearse(chosen, at, beside=common["jobs"] > 1)
+    somewhere = executor_of(executor, plugins, common["jobs"])
+    *_, beside = rehearse(chosen, at, beside=common["jobs"] > 1 or (somewhere is not None and not somewhere.apart))
     if untimed := [suite.name for suite in suites if suite not in beside]:
         raise UserError(f"{', '.join(untimed)}: the seconds of fits are needed that run one at a time; use jobs=1")
     for suite in suites:  # mistakes are told of before anything is run, in later suites too
@@ -213,6 +218,7 @@ def _command(experiment: Experiment, scale: Scale, seeds: Sequence[int], common:
     words = ["harness", "reproduce", experiment.label, "--scale", scale, "--seeds", seeds_text(seeds)]
     words += ["--device", common["device"]] if common["device"] != "auto" else []
     words += ["--jobs", str(common["jobs"])] if common["jobs"] != 1 else []
+    words += ["--executor", str(common["executor"])] if isinstance(common["executor"], str) else []
     return shlex.join([*words, *(word for path in common["plugins"] for word in ("--plugin", str(path)))])
 
 

@@ -19,7 +19,7 @@ from harness.executors import NO_LIMITS, Boss, End, Limits
 from harness.job import Job, is_measured
 from harness.method import CurvePoint, Fit
 from harness.options import UserError
-from harness.planning import Comparison, resolve
+from harness.planning import Comparison
 from harness.running import JobOutcome, fit_jobs, measure_job, store_end, store_measured
 from harness.store import Store
 
@@ -55,6 +55,8 @@ class Work:
     """
 
     def __init__(self, comparison: Comparison, store: Store, boss: Boss, beside: int = 1) -> None:
+        import pandas  # noqa: F401  # slow, and needed for the first fit that is stored: not while a job is watched
+
         self.comparison = comparison
         self.store = store
         self.boss = boss
@@ -109,26 +111,28 @@ class Work:
 
 @dataclass(frozen=True)
 class WorkElsewhere:
-    """`Work`, made in a worker process from what the user asked for.
+    """`Work`, made somewhere else from what the user asked for.
 
     Args:
-        asked: Arguments of `harness.planning.resolve`.
+        comparison: Makes the comparison, from what the user asked for.
         out: Of the store.
-        threads: Of each worker.
+        threads: Of each worker; None leaves it to where it is.
         beside: As in `Work`.
         limits: Of a fit (of so many as are trained together) and of a measurement.
     """
 
-    asked: Mapping[str, Any]
+    comparison: Callable[[], Comparison]
     out: Path
-    threads: int
+    threads: int | None
     beside: int
     limits: Limits = NO_LIMITS
 
     def __call__(self, boss: Boss) -> Callable[[Bundle], None]:
-        torch.set_num_threads(self.threads)
-        work = Work(resolve(**self.asked), Store(self.out), boss, self.beside)
-        threadpool_limits(self.threads)  # of the libraries that plugins have loaded too
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        work = Work(self.comparison(), Store(self.out), boss, self.beside)
+        if self.threads is not None:
+            threadpool_limits(self.threads)  # of the libraries that plugins have loaded too
         return work
 
 
@@ -184,7 +188,7 @@ class Deaths:
         Returns:
             What is to be worked on yet.
         """
-        again = dataclasses.replace(bundle, deaths=bundle.deaths + 1)
+        again = dataclasses.replace(bundle, deaths=bundle.deaths + end.times)
         if at is None and again.deaths < MOST_DEATHS:
             return [again]
         killed = JobOutcome(end.status, end.reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -9,13 +10,13 @@ import sys
 import threading
 import warnings
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TextIO
 
 import click
 
-from harness.cli.comparing import compare, evaluate, plan, report
+from harness.cli.comparing import compare, evaluate, execute, plan, report
 from harness.cli.data import data
 from harness.cli.listing import list_things
 from harness.cli.parsing import StrictGroup, explained, one_line
@@ -26,6 +27,7 @@ from harness.cli.storing import gc, merge, why
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 USER_MISTAKE = 2
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _print_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -57,15 +59,15 @@ def app(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-for command in (compare, plan, evaluate, report, reproduce, why, merge, gc, list_things, show, data):
+for command in (compare, plan, execute, evaluate, report, reproduce, why, merge, gc, list_things, show, data):
     app.add_command(command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code.
 
-    0: all is well (jobs ok or skipped); 1: some job failed; 2: a mistake of the user's, told in one line on stderr;
-    130: interrupted, terminated, or stopped when its time was up.
+    0: all is well (jobs ok or skipped); 1: some job failed; 2: a mistake of the user's, or a folder that cannot be
+    written to or is full, told in one line on stderr; 130: interrupted, terminated, or stopped when its time was up.
     """
     words = sys.argv[1:] if arguments is None else arguments
     try:
@@ -75,16 +77,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         kept = "; finished jobs are kept, and the same command goes on from there"
         what = str(interrupt) or "interrupted"
-        click.echo(f"harness: {what}{kept if words[0] in ('compare', 'evaluate', 'reproduce') else ''}", err=True)
+        click.echo(
+            f"harness: {what}{kept if words[0] in ('compare', 'exec', 'evaluate', 'reproduce') else ''}", err=True
+        )
         return INTERRUPTED
-    except BrokenPipeError:  # the reader has gone (`harness list methods | head`): Python must not flush at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader has gone (`harness list methods | head`)
+        _print_no_more()
         return PIPE_CLOSED
     except Exception as error:
         message = _mistake(error)
         if message is None:
             raise
-        click.echo(f"harness: error: {one_line(message)}", err=True)
+        if isinstance(error, OSError) and error.filename is None:
+            _print_no_more()
+        _say(f"harness: error: {one_line(message)}")
         return USER_MISTAKE
     return code
 
@@ -106,9 +112,22 @@ def _mistake(error: Exception) -> str | None:
         return explained(error)
     if isinstance(error, UserError) or (problem and isinstance(error, problem.DataError)):
         return str(error)
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror or error}"
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in _NO_ROOM):
+        kept = "; what is done is kept, and the same command goes on when there is room"
+        place = "what is printed" if error.filename is None else error.filename
+        return f"{place}: {error.strerror or error}{kept if error.errno in _NO_ROOM else ''}"
     return None
+
+
+def _print_no_more() -> None:
+    """What has been printed and has found no place is not tried again when Python ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say(line: str) -> None:
+    """On stderr, if that has room."""
+    with suppress(OSError):
+        click.echo(line, err=True)
 
 
 @contextmanager
@@ -160,4 +179,4 @@ class _LogToStderr(logging.Handler):
 
 
 def _warn(message: str) -> None:
-    click.echo(f"harness: warning: {one_line(message)}", err=True)
+    _say(f"harness: warning: {one_line(message)}")

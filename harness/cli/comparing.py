@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from harness.cli.garbage import rarely_collected
 from harness.cli.parsing import StrictCommand, one_line
-from harness.cli.suite import Arguments, comparison_options, plugin_option, stop_option
+from harness.cli.suite import Arguments, comparison_options, limit_options, plugin_option, stop_option
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,31 +31,63 @@ def compare(asked: Arguments) -> int:
     Every method is fitted to every problem from every seed, and all fits are measured alike. What the folder of results
     has already is not done again.
     """
-    from harness import comparison, readings
-    from harness.cli.progress import shown
-    from harness.store import Store
+    with rarely_collected():
+        from harness import comparison
+        from harness.cli.progress import shown
+        from harness.store import Store
 
     records = comparison.compare(**asked, progress=shown())
-    order = [row["job_id"] for row in readings.rows(records)]
-    return _conclude(records, Store(asked.get("out", comparison.DEFAULT_OUT)), order)
+    store = Store(asked.get("out", comparison.DEFAULT_OUT))
+    return _conclude(records, store, records["job_id"].tolist())
 
 
 @click.command(cls=StrictCommand)
 @comparison_options
 @click.option("--json", "as_json", is_flag=True, help="For machines.")
-def plan(asked: Arguments, as_json: bool) -> int:
+@click.option(
+    "--format",
+    "form",
+    metavar="FORM",
+    help="For other schedulers, what is not done yet: jsonl, an order a line, or sh, a command a line.",
+)
+@rarely_collected()
+def plan(asked: Arguments, as_json: bool, form: str | None) -> int:
     """Show every job of a comparison; run none.
 
-    Takes the options of `compare`, and tells what is done already and which measurements are missing.
+    Takes the options of `compare`, and tells what is done already and which measurements are missing. With --format an
+    order for each job that is not done; `harness exec` carries one out, wherever there are the same folders, and
+    `harness report DIR` shows what has come of all.
     """
     from harness import comparison
 
+    if form is not None:
+        _print_orders(asked, form)
+        return 0
     jobs = comparison.plan(**asked)
     if as_json:
         click.echo(json.dumps([_as_json(job) for job in jobs], indent=1))
     else:
         _print_plan(jobs)
     return 0
+
+
+@click.command("exec", cls=StrictCommand)
+@click.argument("order", metavar="JOB.json")
+@stop_option
+@limit_options
+def execute(order: str, stop_after: str | None, time_limit: str | None, memory_limit: str | None) -> int:
+    """Carry out an order of `plan --format jsonl`.
+
+    JOB.json is a file with it, or - for standard input. What is done already is not done again. Any number of orders
+    can be carried out at once; the tables of the folder of results are left to `report`.
+    """
+    from harness import orders
+    from harness.cli.progress import shown
+
+    text = sys.stdin.read() if order == "-" else Path(order).read_text(encoding="utf-8")
+    limits = {"time_limit": time_limit, "memory_limit": memory_limit}
+    records = orders.carry_out(orders.parsed(text), stop_after=stop_after, **limits, progress=shown())
+    return told_failures(records, "harness plan")
 
 
 @click.command(cls=StrictCommand)
@@ -80,6 +115,7 @@ def evaluate(folder: str, evaluators: str, device: str, stop_after: str | None, 
 
 @click.command(cls=StrictCommand)
 @click.argument("folder", metavar="DIR")
+@rarely_collected()
 def report(folder: str) -> int:
     """Print the tables of DIR, write figures.
 
@@ -93,10 +129,10 @@ def report(folder: str) -> int:
     from harness.store import Store
 
     store = Store.open(folder)
-    records = store.records()
+    records, examples = store.tables()
     if records.empty:
         raise UserError(f"{folder!r} has no results yet; `harness compare --out {folder}` makes them")
-    built = tables_of(records, store.examples())
+    built = tables_of(records, examples)
     print_built(built, output())
     click.echo(f"report: {write_built(store, records, built, store.path / 'report')}")
     return 0
@@ -126,6 +162,19 @@ def told_failures(records: pd.DataFrame, command: str) -> int:
         statuses = ",".join(sorted({row["status"] for row in failed}))
         click.echo(f"harness: `{command}` with --retry {statuses} tries these again", err=True)
     return 1 if failed else 0
+
+
+def _print_orders(asked: Arguments, form: str) -> None:
+    from harness import comparison
+    from harness.options import one_of
+    from harness.orders import orders_of
+    from harness.store import Store
+
+    one_of("format", form, ["jsonl", "sh"])
+    found = comparison.planned(**asked, here=False)
+    for order in orders_of(found, Store(asked.get("out", comparison.DEFAULT_OUT)), asked.get("plugins", ())):
+        text = json.dumps(order)
+        click.echo(text if form == "jsonl" else f"printf %s {shlex.quote(text)} | harness exec -")
 
 
 def _as_json(job: PlannedJob) -> dict[str, object]:

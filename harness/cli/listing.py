@@ -13,8 +13,8 @@ from harness.cli.suite import plugin_option
 if TYPE_CHECKING:
     from harness.registry import Provided, Registry
 
-THINGS = ("methods", "datasets", "problems", "evaluators", "experiments")
-KINDS = (*THINGS, "executors", "plugins")
+THINGS = ("methods", "datasets", "problems", "evaluators", "experiments", "executors")
+KINDS = (*THINGS, "plugins")
 
 
 @click.command("list", cls=StrictCommand)
@@ -38,10 +38,6 @@ def list_things(kind: str, as_json: bool, plugin: tuple[str, ...]) -> int:
 
 
 def _rows(registry: Registry, kind: str) -> list[dict[str, Any]]:
-    if kind == "executors":
-        from harness.executors import EXECUTORS
-
-        return [{"name": name, "what": _what(executor)} for name, executor in EXECUTORS.items()]
     if kind == "plugins":
         return _plugins(registry)
     provided: dict[str, Provided[Any]] = getattr(registry, kind)

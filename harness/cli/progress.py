@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import click
@@ -182,7 +183,8 @@ class PlainProgress(Progress):
     def _say(self, *facts: str) -> None:
         self.spoke = self.tally.now()
         place = f"[{self.tally.whole.finished + 1}/{self.tally.whole.jobs}]"
-        click.echo(f"{place} {self.tally.job}: {', '.join(facts)}", err=True)
+        with suppress(OSError):  # a log on a full disk must not decide how a job ends
+            click.echo(f"{place} {self.tally.job}: {', '.join(facts)}", err=True)
 
 
 class LiveProgress(Progress):

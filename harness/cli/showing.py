@@ -1,4 +1,4 @@
-"""`harness show`: what a method, problem, evaluator, dataset or experiment is."""
+"""`harness show`: what a method, problem, evaluator, dataset, experiment or executor is."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from harness.cli.parsing import StrictCommand
 from harness.cli.suite import plugin_option
 
 if TYPE_CHECKING:
+    from harness.executor import Executor
     from harness.experiment import Experiment
     from harness.problem import DatasetSpec, Problem
     from harness.registry import Plugin, Registry
@@ -28,8 +29,8 @@ Facts = Iterator[tuple[str, str]]
 def show(name: str, plugin: tuple[str, ...]) -> int:
     """Show what NAME is.
 
-    Equation and source, options, capabilities and data of a method, problem, evaluator, data set or experiment, and
-    where it comes from. NAME may have options: 'avb[lr=1e-4]'.
+    Equation and source, options, capabilities and data of a method, problem, evaluator, data set, experiment or
+    executor, and where it comes from. NAME may have options: 'avb[lr=1e-4]'.
     """
     from harness.registry import Registry
 
@@ -148,12 +149,20 @@ def _of_experiment(experiment: Experiment) -> Facts:
             yield scale, f"{suite.name}: {known if suite in asked[0] else later}"
 
 
+def _of_executor(executor: Executor) -> Facts:
+    yield (
+        "runs apart",
+        "yes" if executor.apart else "no: others may run beside its jobs, whose seconds say nothing then",
+    )
+
+
 _FACTS = {
     "methods": _of_method,
     "problems": _of_problem,
     "datasets": _of_dataset,
     "evaluators": _of_evaluator,
     "experiments": _of_experiment,
+    "executors": _of_executor,
 }
 
 

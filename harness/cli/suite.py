@@ -32,6 +32,7 @@ class Arguments(TypedDict, total=False):
     only_failed: bool
     stop_after: float | str
     jobs: int | str
+    executor: str
     time_limit: float | str
     memory_limit: float | str
 
@@ -91,6 +92,10 @@ _KEYS = {
         "[default: 1]",
         _WHOLE,
     ),
+    "executor": _Key(
+        "NAME",
+        "Where jobs run: 'slurm[minutes=120]', 'dask[address=tcp://10.0.0.1:8786]' ...  [default: local, this machine]",
+    ),
     "time-limit": _Key(
         "TIME",
         "Kill a fit or a measurement that takes longer (600s, 10min); the others go on.  [default: never]",
@@ -114,8 +119,16 @@ def stop_option(command: Callable[..., int]) -> Callable[..., int]:
     return click.option("--stop-after", metavar=key.metavar, help=key.help)(command)
 
 
+def limit_options(command: Callable[..., int]) -> Callable[..., int]:
+    return _options(command, "time-limit", "memory-limit")
+
+
 def worker_options(command: Callable[..., int]) -> Callable[..., int]:
-    for name in ("memory-limit", "time-limit", "jobs"):
+    return _options(command, "jobs", "executor", "time-limit", "memory-limit")
+
+
+def _options(command: Callable[..., int], *names: str) -> Callable[..., int]:
+    for name in reversed(names):
         command = click.option(f"--{name}", metavar=_KEYS[name].metavar, help=_KEYS[name].help)(command)
     return command
 

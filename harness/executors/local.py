@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
-from harness.executors.executor import Boss, Died, Executor, Heard, Prepare, T
+from harness.executors.runner import Boss, Died, Heard, Prepare, Runner, T
 from harness.stopping import Stop
 
 
 @dataclass(frozen=True)
-class LocalExecutor(Executor):
+class LocalExecutor(Runner):
     """Runs jobs in this process, one after another."""
-
-    name: ClassVar[str] = "local"
 
     def run(self, prepare: Prepare[T], tasks: Iterable[T], heard: Heard, died: Died[T], stop: Stop) -> None:
         work = prepare(_Here(partial(heard, 0), stop))

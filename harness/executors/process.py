@@ -14,7 +14,7 @@ from typing import Generic
 
 import psutil
 
-from harness.executors.executor import T
+from harness.executors.runner import T
 from harness.executors.worker import PATIENCE, work_for
 
 KEPT_OUTPUT = 2**16

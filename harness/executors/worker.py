@@ -16,7 +16,7 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-from harness.executors.executor import Prepare
+from harness.executors.runner import Prepare
 from harness.options import UserError
 from harness.stopping import Stop, Stopped
 
@@ -49,13 +49,15 @@ class _Line:
                 self._lock.release()
 
 
-class _Forwarder(logging.Handler):
-    def __init__(self, line: _Line) -> None:
+class Forwarder(logging.Handler):
+    """Says what is logged, from warnings on."""
+
+    def __init__(self, say: Callable[..., None]) -> None:
         super().__init__(logging.WARNING)
-        self.line = line
+        self.say = say
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.line.say("logged", record.levelno, record.getMessage())
+        self.say("logged", record.levelno, record.getMessage())
 
 
 def work_for(connection: Connection, output: tuple[Connection, Connection], prepare: bytes, end: float) -> None:
@@ -118,13 +120,18 @@ def _prepared(prepare: bytes, line: _Line) -> Callable[[Any], None]:
     silent = logging.NullHandler()
     log.addHandler(silent)
     with warnings.catch_warnings(action="ignore"):
-        work = _unpickled(prepare)(line)
+        work = unpickled(prepare)(line)
     log.removeHandler(silent)
     _forward_warnings(line)
     return work
 
 
-def _unpickled(prepare: bytes) -> Prepare[Any]:
+def unpickled(prepare: bytes) -> Prepare[Any]:
+    """What `harness.executors.workers.sent` has made of it.
+
+    Raises:
+        UserError: If it cannot be imported here.
+    """
     try:
         return pickle.loads(prepare)
     except (AttributeError, ImportError) as error:  # of a notebook, or of a module that is not installed
@@ -140,7 +147,7 @@ def _sendable(error: Exception) -> Exception:
 
 
 def _forward_warnings(line: _Line) -> None:
-    log.addHandler(_Forwarder(line))
+    log.addHandler(Forwarder(line.say))
 
     def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
         ours = category.__module__.partition(".")[0] == "harness"

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import logging
 import math
+import multiprocessing
 import pickle
 import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from typing import Any, ClassVar, Generic
+from typing import Any, Generic
 
-from harness.executors.executor import Died, End, Executor, Heard, Prepare, T
 from harness.executors.process import NO_LIMITS, PATIENCE, Limits, WorkerProcess
+from harness.executors.runner import Died, End, Heard, Prepare, Runner, T
 from harness.options import UserError
 from harness.stopping import Stop, Stopped
 
@@ -32,7 +33,7 @@ log = logging.getLogger("harness")
 
 
 @dataclass(frozen=True)
-class WorkerProcesses(Executor):
+class WorkerProcesses(Runner):
     """Runs jobs in worker processes of this machine, several at once.
 
     Args:
@@ -40,11 +41,15 @@ class WorkerProcesses(Executor):
         limits: A worker that goes over one of these is killed, and another one goes on.
     """
 
-    name: ClassVar[str] = "workers"
     jobs: int = 2
     limits: Limits = NO_LIMITS
 
     def run(self, prepare: Prepare[T], tasks: Iterable[T], heard: Heard, died: Died[T], stop: Stop) -> None:
+        if multiprocessing.current_process().daemon:
+            raise UserError(
+                "worker processes are needed, and this one may not start processes: dask's workers may with --no-nanny,"
+                " or with distributed.worker.daemon: false"
+            )
         run = _Run(sent(prepare), deque(tasks), heard, died, stop, self.limits)
         try:
             run.work(self.jobs)

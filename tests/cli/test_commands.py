@@ -182,7 +182,7 @@ def test_the_suites_of_the_repository_are_valid(suite: Path, run: Run) -> None:
 
 def test_suites_and_options_offer_what_python_does(run: Run) -> None:
     assert set(Arguments.__annotations__) == set(inspect.signature(comparison.compare).parameters) - {"progress"}
-    assert set(inspect.signature(comparison.plan).parameters) == set(Arguments.__annotations__)
+    assert set(inspect.signature(comparison.planned).parameters) == set(Arguments.__annotations__) | {"here"}
 
 
 def test_the_help_tells_the_defaults(run: Run) -> None:

@@ -1,11 +1,11 @@
-"""What an executor is: it has tasks worked on, somewhere, and passes on what is told of the work."""
+"""What has tasks worked on, somewhere, and passes on what is told of the work."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from harness.stopping import Stop
 
@@ -24,11 +24,13 @@ class End:
         status: ``killed``, or ``timeout`` if that was because its time was up.
         reason: In words.
         output: The last that it has printed.
+        times: How many have died so.
     """
 
     status: str
     reason: str
     output: str = ""
+    times: int = 1
 
 
 class Died(Protocol[T]):
@@ -60,10 +62,8 @@ class Prepare(Protocol[Task]):
     def __call__(self, boss: Boss, /) -> Callable[[Task], None]: ...
 
 
-class Executor(ABC):
+class Runner(ABC):
     """A place where tasks are worked on."""
-
-    name: ClassVar[str]
 
     @abstractmethod
     def run(self, prepare: Prepare[T], tasks: Iterable[T], heard: Heard, died: Died[T], stop: Stop) -> None:
