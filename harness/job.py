@@ -63,8 +63,11 @@ def _spec_hash(problem: Problem, content_hash: str) -> str:
     return problem.spec_hash
 
 
+_json = json.JSONEncoder(sort_keys=True).encode  # made once: `json.dumps` makes one anew each time
+
+
 def _digest(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(_json(facts).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,12 @@ class Job:
 
 def evaluator_file(by: Evaluator) -> str:
     """Name of the store's file for an evaluator with its settings."""
-    return f"{by.name}-{_digest({'label': by.label})[:8]}"
+    return f"{by.name}-{_label_hash(by.label)}"
+
+
+@lru_cache(maxsize=64)
+def _label_hash(label: str) -> str:
+    return _digest({"label": label})[:8]
 
 
 def is_measured(job: Job, by: Evaluator, store: Store, retry: Collection[str] = ()) -> bool:

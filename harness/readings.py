@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -29,23 +30,28 @@ from harness.statistics import (
 
 def rows(records: pd.DataFrame) -> list[Row]:
     """The records one by one, with None for whatever way pandas has to say missing."""
-    columns = [_present(records[column]) for column in records.columns]
-    return [dict(zip(records.columns, line, strict=True)) for line in zip(*columns, strict=True)]
+    names = list(records.columns)  # as texts: an index of pandas makes them anew for each record
+    columns = [_present(records[name]) for name in names]
+    return [dict(zip(names, line, strict=True)) for line in zip(*columns, strict=True)]
 
 
 def _present(column: pd.Series) -> list[Any]:
-    """Column by column: row by row pandas takes a second for ten thousand records."""
+    """Column by column: row by row pandas takes a second for ten thousand records. Equal texts are one object."""
+    if isinstance(column.dtype, pd.StringDtype):
+        codes, texts = pd.factorize(column)  # -1 where it is missing
+        return np.array([*texts, None], dtype=object)[codes].tolist()
     values = column.to_numpy(dtype=object, copy=True)
     values[column.isna().to_numpy()] = None
     return values.tolist()
 
 
 _IDENTITY = ("problem", "method", "config", "seed", "budget", "precision", "step_mode", "device")
+_identity = operator.itemgetter(*_IDENTITY)
 
 
 def identity(row: Row) -> tuple[Any, ...]:
     """What a job is to a reader, whatever version of the sources it ran with."""
-    return tuple(row[column] for column in _IDENTITY)
+    return _identity(row)
 
 
 def latest(records: Sequence[Row]) -> tuple[list[Row], dict[tuple[Any, ...], int]]:
@@ -205,14 +211,18 @@ def values_per_observation(examples: pd.DataFrame) -> dict[tuple[str, str, str],
     names = ["job_id", "evaluator", "metric"]
     groups = np.asarray(examples.groupby(names, sort=False).ngroup())  # all at once: there may be ten thousand
     index: NDArray[np.int64] = np.asarray(cast(Any, examples["index"]), dtype=np.int64)
-    value, stderr = (np.asarray(cast(Any, examples[column]), dtype=np.float64) for column in ("value", "stderr"))
     order = np.lexsort((index, groups))
-    starts = np.flatnonzero(np.diff(groups[order], prepend=-2))
+    index, groups = index[order], groups[order]
+    columns = (np.asarray(cast(Any, examples[column]), dtype=np.float64) for column in ("value", "stderr"))
+    value, stderr = (column[order] for column in columns)
+    first = np.diff(groups, prepend=-2) != 0
+    starts = np.flatnonzero(first)
     stops = np.append(starts[1:], len(order))
-    keys = zip(*(np.asarray(examples[name], dtype=object)[order[starts]] for name in names), strict=True)
+    twice = set(groups[~first & (np.diff(index, prepend=index[0]) == 0)].tolist())
+    keys = zip(*(_present(examples[name].iloc[order[starts]]) for name in names), strict=True)
     found: dict[tuple[str, str, str], Values] = {}
-    for (job_id, evaluator, metric), start, stop in zip(keys, starts, stops, strict=True):
-        mine = order[start:stop]
-        if (np.diff(index[mine]) > 0).all():
-            found[str(job_id), str(evaluator), str(metric)] = Values(index[mine], value[mine], stderr[mine])
+    for key, start, stop, group in zip(keys, starts, stops, groups[starts].tolist(), strict=True):
+        if group not in twice:
+            job_id, evaluator, metric = key
+            found[job_id, evaluator, metric] = Values(index[start:stop], value[start:stop], stderr[start:stop])
     return found

@@ -35,7 +35,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
 
 Array = NDArray[np.float64]
 Row = Mapping[str, Any]
@@ -250,8 +249,11 @@ def _rounding(size: float) -> float:
     return 1e-5 * max(1.0, size)
 
 
+@functools.cache
 def student(n: int) -> float:
     """What two standard errors are worth where they were estimated from ``n`` values; infinite for one."""
+    from scipy import special  # slow to import
+
     return float(special.stdtrit(n - 1, special.ndtr(STANDARD_ERRORS))) if n > 1 else math.inf
 
 

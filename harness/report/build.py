@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -76,8 +77,8 @@ def _in_order(rows: Sequence[Row], key: Callable[[Row], K], plan: Mapping[str, i
     """The distinct keys of the rows, by their first job: as planned, else as started."""
     first: dict[K, tuple[int, str]] = {}
     for row in rows:
-        place = (plan.get(row["job_id"], len(plan)), row["started_at"] or "")
-        first[key(row)] = min(place, first.get(key(row), place))
+        place, found = (plan.get(row["job_id"], len(plan)), row["started_at"] or ""), key(row)
+        first[found] = min(place, first.get(found, place))
     return sorted(first, key=lambda found: (first[found], found))
 
 
@@ -97,8 +98,19 @@ def _splits(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _table_key(row: Row, splits: Mapping[str, str]) -> TableKey:
-    key = TableKey(**{column.name: row[column.name] or "" for column in dataclasses.fields(TableKey)})
-    return dataclasses.replace(key, split=splits[row["job_id"]]) if key.split == SIMULATED else key
+    columns = {column: row[column] or "" for column in _KEY}
+    if columns["split"] == SIMULATED:
+        columns["split"] = splits[row["job_id"]]
+    return _key_of(*columns.values())
+
+
+_KEY = [column.name for column in dataclasses.fields(TableKey)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _key_of(*columns: str) -> TableKey:
+    """Thousands of records share it."""
+    return TableKey(**dict(zip(_KEY, columns, strict=True)))
 
 
 def _table(

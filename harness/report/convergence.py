@@ -175,6 +175,8 @@ class _Curve:
 def importance(table: Table, store: Source, colour: Mapping[str, str]) -> Figure | None:
     """The bound against the number of draws K, and as level lines what else is known of log p(x) of the same x."""
     evaluator, found = _of_rows(table, store, ("k", "bound", "bound_stderr"))
+    if not found:
+        return None
     examples = store.examples()
     rows = [row for row in table.rows if row.label in found]
     drawn = {row.label: _curve(row, evaluator, found[row.label], examples) for row in rows}

@@ -10,6 +10,7 @@ certificate.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -44,7 +45,9 @@ ValuesOf = Mapping[tuple[str, str, str], Values]
 """Values per observation by job, evaluator and metric."""
 
 
-def settings(text: str) -> dict[str, Any]:
+@functools.lru_cache(maxsize=50_000)
+def settings(text: str) -> Mapping[str, Any]:
+    """Of a measurement; they are looked at for one thing after another."""
     return json.loads(text or "{}")
 
 
