@@ -9,15 +9,17 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from harness.files import QUARANTINE, Facts, Folder, T, Wanted, arrays_of, checksum, facts_with, npz
 from harness.options import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Artifacts(Folder):
@@ -33,9 +35,9 @@ class Artifacts(Folder):
         return sorted(path.stem for path in (self.path / "jobs").glob("*.json"))
 
     def write_job(self, job_id: str, facts: Mapping[str, Any], traceback: str = "") -> None:
-        if traceback:
-            self.write(f"jobs/{job_id}.traceback.txt", traceback.encode())
-        self.write(f"jobs/{job_id}.json", json.dumps(facts, indent=1).encode())
+        told = {f"jobs/{job_id}.traceback.txt": traceback.encode()} if traceback else {}
+        with self.staged({**told, f"jobs/{job_id}.json": _text(facts)}):
+            pass
 
     def write_fit(
         self,
@@ -43,20 +45,27 @@ class Artifacts(Folder):
         state: Mapping[str, np.ndarray],
         curve: Sequence[Mapping[str, Any]],
         gallery: Mapping[str, np.ndarray],
-    ) -> str:
-        """Write a fit; measurements of an earlier one are dropped, unless it was the same bit for bit.
+        facts: Mapping[str, Any],
+    ) -> None:
+        """Write a fit and its job; measurements of an earlier one are dropped, unless it was the same bit for bit.
 
-        Returns:
-            The checksum of the state, for the job's facts.
+        Args:
+            facts: Of the job; the checksum of the state becomes one of them.
+
+        Raises:
+            DiskFull, OSError: If they cannot be written; what there was is as it was.
         """
+        import pandas as pd
+
         digest = checksum(state)
-        if (self.job(job_id) or {}).get("fit_sha256") != digest:
-            self.remove_measured(job_id)
-        self.write(f"fits/{job_id}/state.safetensors", save_tensors(dict(state), {"sha256": digest}))
-        table = pd.DataFrame(curve, columns=_CURVE)
-        self.write(f"fits/{job_id}/curve.csv", table.to_csv(index=False).encode())
-        self.write(f"fits/{job_id}/gallery.npz", npz(gallery))
-        return digest
+        files = {
+            f"fits/{job_id}/state.safetensors": save_tensors(dict(state), {"sha256": digest}),
+            f"fits/{job_id}/curve.csv": pd.DataFrame(curve, columns=_CURVE).to_csv(index=False).encode(),
+            f"fits/{job_id}/gallery.npz": npz(gallery),
+            f"jobs/{job_id}.json": _text({**facts, "fit_sha256": digest}),
+        }
+        with self.staged(files):
+            self.drop_measured(job_id, unless=digest)
 
     def has_fit(self, job_id: str) -> bool:
         """Whether the trained fit is there; it may have been dropped since, or put into quarantine."""
@@ -141,6 +150,8 @@ class Artifacts(Folder):
         except FileNotFoundError:
             size = 0
         if size == 0 or size != facts.get("npz_bytes", size):  # which is all that can be told without reading it
+            if self.read(f"measurements/{job_id}/{evaluator}.json", _measurement) != facts:
+                return self.measured(job_id, evaluator)  # another process has written both anew
             self._quarantine_measured(job_id, evaluator, f"its values per observation are of {size} bytes")
             return None
         return facts
@@ -153,15 +164,20 @@ class Artifacts(Folder):
         return []
 
     def write_measured(self, job_id: str, evaluator: str, facts: Facts, examples: Mapping[str, np.ndarray]) -> None:
-        """Write measurements; the values per observation first."""
-        content = npz(examples)
-        (self.path / "measurements" / job_id / f"{evaluator}.json").unlink(missing_ok=True)
-        self.write(f"measurements/{job_id}/{evaluator}.npz", content)
-        text = json.dumps({**facts, "npz_bytes": len(content), "arrays": list(examples)}, indent=1)
-        self.write(f"measurements/{job_id}/{evaluator}.json", text.encode())
+        """Write measurements; the values per observation first, without what was said of others."""
+        name, content = f"measurements/{job_id}/{evaluator}", npz(examples)
+        text = _text({**facts, "npz_bytes": len(content), "arrays": list(examples)})
+        with self.staged({f"{name}.npz": content, f"{name}.json": text}):
+            if self.content(f"{name}.npz") != content:  # else another process has measured the same
+                (self.path / f"{name}.json").unlink(missing_ok=True)
 
-    def remove_measured(self, job_id: str) -> None:
-        shutil.rmtree(self.path / "measurements" / job_id, ignore_errors=True)
+    def drop_measured(self, job_id: str, unless: str | None) -> None:
+        """Drop the measurements of a job that speak of another fit than that with a checksum (None: of any)."""
+        found = list((self.path / "measurements" / job_id).glob("[!.]*"))
+        job = self.job(job_id) or {}  # who finishes it from now on has measured nothing that was found
+        if unless is None or job.get("fit_sha256") != unless:
+            for path in found:
+                path.unlink(missing_ok=True)
 
     def values(self, job_id: str, evaluator: str) -> dict[str, np.ndarray] | None:
         """All arrays of a measurement, values per observation and traces; None if they are not there or damaged."""
@@ -174,10 +190,13 @@ class Artifacts(Folder):
             evaluator: As in the column of that name.
         """
         prefix = f"{metric}/traces/"
-        for name, facts in self._measurements(job_id):
-            if any(found["evaluator"] == evaluator for found in facts["rows"]):
-                if "arrays" in facts and not any(each.startswith(prefix) for each in facts["arrays"]):
-                    return {}  # without opening the file
+        begins = json.dumps(prefix)[:-1].encode()
+        for name in self.measured_by(job_id):
+            content = self.content(f"measurements/{job_id}/{name}.json") or b""
+            if b'"arrays"' in content and begins not in content:
+                continue  # without parsing it: this is asked of thousands of jobs that have none
+            facts = self.measured(job_id, name)
+            if facts and any(found["evaluator"] == evaluator for found in facts["rows"]):
                 arrays = self._arrays(job_id, name, lambda names: [each for each in names if each.startswith(prefix)])
                 return {key.removeprefix(prefix): array for key, array in (arrays or {}).items()}
         return {}
@@ -197,6 +216,10 @@ class Artifacts(Folder):
 
     def _quarantine_measured(self, job_id: str, evaluator: str, reason: str) -> None:
         self.quarantine(f"measurements/{job_id}/{evaluator}.json", reason)
+
+
+def _text(facts: Mapping[str, Any]) -> bytes:
+    return json.dumps(facts, indent=1).encode()
 
 
 # What files must hold to be whole
@@ -222,6 +245,8 @@ def _tensors(content: bytes) -> dict[str, np.ndarray]:
 
 
 def _curve(content: bytes) -> pd.DataFrame:
+    import pandas as pd
+
     table = pd.read_csv(io.BytesIO(content))
     if missing := set(_CURVE).difference(table.columns):
         raise ValueError(f"it lacks {', '.join(sorted(missing))}")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import logging
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+import secrets
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import numpy as np
-import pandas as pd
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 log = logging.getLogger(__name__)
 
@@ -22,6 +25,11 @@ T = TypeVar("T")
 Facts = dict[str, Any]
 
 QUARANTINE = "quarantine"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+class DiskFull(OSError):
+    """A file could not be written because its disk is full, or a quota is used up; other files may be as they are."""
 
 
 class Folder:
@@ -36,22 +44,38 @@ class Folder:
         self._told = set[Path]()
 
     def write(self, name: str, content: bytes) -> None:
-        """Atomic and durable: a reader sees the old file or the new one, whenever the process or machine dies."""
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        """Atomic and durable: a reader sees the old file or the new one, whenever the process or machine dies.
+
+        Raises:
+            DiskFull, OSError: If it cannot be written; the old file is as it was.
+        """
+        with self.staged({name: content}):
+            pass
+
+    @contextmanager
+    def staged(self, files: Mapping[str, bytes]) -> Generator[list[Path]]:
+        """Write all files or none: they get their names, one after another, when what is done inside ends well.
+
+        Returns:
+            Where they are until then.
+
+        Raises:
+            DiskFull, OSError: If they cannot be written; no file has changed then, and nothing inside been done.
+        """
+        temporaries = [_temporary(self.path / name) for name in files]
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
-        except BaseException as error:
-            if isinstance(error, OSError):
-                error.filename = str(path)  # a full disk names none, a temporary file's name says nothing
-            with suppress(OSError):
-                os.unlink(temporary)
+            for (name, content), temporary in zip(files.items(), temporaries, strict=True):
+                with _told_of(self.path / name):
+                    _write(temporary, content)
+            yield temporaries
+            for name, temporary in zip(files, temporaries, strict=True):
+                with _told_of(self.path / name):
+                    os.replace(temporary, self.path / name)
+                    _sync_folder(temporary.parent)
+        except BaseException:
+            for temporary in temporaries:
+                with suppress(OSError):
+                    temporary.unlink()
             raise
 
     def write_text(self, name: str, content: str) -> None:
@@ -147,6 +171,39 @@ def parquet(table: pd.DataFrame) -> bytes:
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False)
     return buffer.getvalue()
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+
+
+def _write(path: Path, content: bytes) -> None:
+    with _created(path) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _created(path: Path) -> BinaryIO:
+    """A new file; its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        return path.open("xb")
+    except FileNotFoundError:  # another process has removed the folder at that moment
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("xb")
+
+
+@contextmanager
+def _told_of(path: Path) -> Generator[None]:
+    """Errors name the file that is meant: a full disk names none, and a temporary file's name says nothing."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        if error.errno in NO_ROOM:
+            raise DiskFull(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 def _sync_folder(folder: Path) -> None:

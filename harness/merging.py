@@ -49,14 +49,13 @@ def merge(into: str | Path, others: Sequence[str | Path]) -> Merged:
         if place in places[:number]:
             raise UserError(f"{str((into, *others)[number])!r} is given twice; expected different folders of results")
     store, merged = _made(Path(into)), Merged()
-    try:
+    with store.derived_anyway():
         for source in sources:
             for job_id in source.job_ids():
                 _merge_job(job_id, source, store, merged)
             if not store.environment() and (environment := source.content("environment.json")):
                 store.write("environment.json", environment)
-    finally:
-        store.derive()
+    store.derive()
     return merged
 
 
@@ -87,7 +86,7 @@ def _merge_job(job_id: str, source: Store, store: Store, merged: Merged) -> None
     if theirs is None:
         return
     if ours is None or (ours["status"] != "ok" and theirs["status"] == "ok"):
-        _take_job(job_id, source, store, merged)
+        _take_job(theirs, source, store, merged)
         return
     merged.had += 1
     same = _same_fit(ours, theirs)
@@ -100,9 +99,10 @@ def _merge_job(job_id: str, source: Store, store: Store, merged: Merged) -> None
             merged.measurements += same and _take_measured(job_id, evaluator, source, store)
 
 
-def _take_job(job_id: str, source: Store, store: Store, merged: Merged) -> None:
+def _take_job(theirs: Facts, source: Store, store: Store, merged: Merged) -> None:
     """The job's own file last, as it is the commit."""
-    store.remove_measured(job_id)  # if there are any, they speak of another fit
+    job_id = theirs["job_id"]
+    store.drop_measured(job_id, unless=theirs.get("fit_sha256"))
     if source.has_whole_fit(job_id):
         _copy(f"fits/{job_id}", source, store)
         merged.fits += 1

@@ -18,6 +18,7 @@ from harness import training
 from harness.checkpoint import StoredCheckpoint
 from harness.clock import Clock
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
+from harness.files import DiskFull
 from harness.gallery import gallery
 from harness.job import Job, evaluator_file
 from harness.memory import keep_freed
@@ -118,6 +119,7 @@ def fit_jobs(
 
     Raises:
         Stopped: If the run is to end before that is done.
+        DiskFull: If a fit cannot be stored for that; its checkpoint, if there is one, is left for the next run.
     """
     stop = stop or Stop()
     clock, runs, checkpoints = Clock(jobs[0].device), [], []
@@ -138,19 +140,22 @@ def fit_jobs(
 def _stored(
     job: Job, checkpoint: StoredCheckpoint, ended: Fit | BaseException, store: Store, facts: Facts
 ) -> tuple[JobOutcome, Fit | None]:
-    run, fit, text = checkpoint.run, None, ""
+    run, text = checkpoint.run, ""
     facts = {**job.facts(), **facts}
     try:
         if isinstance(ended, BaseException):
             raise ended
-        fit = ended
-        facts |= _spent(fit, run.clock)
-        state = {name: tensor.cpu().contiguous().numpy() for name, tensor in fit.state.items()}
+        facts |= _spent(ended, run.clock)
+        state = {name: tensor.cpu().contiguous().numpy() for name, tensor in ended.state.items()}
         curve = [dataclasses.asdict(point) for point in run.curve]
         with isolated(derive("gallery", job.job_id)):
-            digest = store.write_fit(job.job_id, state, curve, gallery(fit, job.data(), job.seed))
-        facts |= {"fit_sha256": digest}
-        outcome = JobOutcome("ok")
+            pictures = gallery(ended, job.data(), job.seed)
+        ok = {**facts, **checkpoint.facts(), "status": "ok", "reason": ""}
+        store.write_fit(job.job_id, state, curve, pictures, ok)
+        store.remove_checkpoint(job.job_id)
+        return JobOutcome("ok"), ended
+    except DiskFull:  # which is no fault of the job
+        raise
     except Skipped as error:
         outcome = JobOutcome("skipped", str(error))
     except Diverged as error:
@@ -159,9 +164,9 @@ def _stored(
         outcome, text = JobOutcome("failed", f"{type(error).__name__}: {error}"), traceback.format_exc()
     facts |= {**checkpoint.facts(), "status": outcome.status, "reason": outcome.reason}
     store.write_job(job.job_id, facts, text)
-    if outcome.status != "failed":  # what failed (the disk was full ...) may be tried again from where it was
+    if outcome.status != "failed":  # what failed may be tried again from where it was
         store.remove_checkpoint(job.job_id)
-    return outcome, fit
+    return outcome, None
 
 
 def measure_job(

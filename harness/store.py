@@ -14,25 +14,34 @@ DIR/quarantine/...                          damaged files, under the names that 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
+from harness import record
 from harness.artifacts import Artifacts
 from harness.files import QUARANTINE, Facts, facts_with, parquet
 from harness.options import UserError
 from harness.record import COLUMNS, SCHEMA, row
 
+if TYPE_CHECKING:
+    import pandas as pd  # slow to import: what makes no table does without
+
 __all__ = ["Facts", "Store"]
 
 _NAMES = ["job_id", "evaluator", "metric"]
 _VALUES = ["index", "value", "stderr"]
+_FOLDERS = ("jobs", "fits", "checkpoints", "measurements")
+_TRIES = 5
+_MADE_BY = "made by"
 
 
 class Store(Artifacts):
@@ -49,15 +58,17 @@ class Store(Artifacts):
         Raises:
             UserError: If it cannot be written to, or was written by a version with another schema.
         """
-        store = Store(path)
+        store, place = Store(path), str(path)
         try:
             store.path.mkdir(parents=True, exist_ok=True)
             if not store.exists():
                 store._write_schema()
-            with tempfile.TemporaryFile(dir=store.path):
-                pass
+            for folder in (store.path, *(store.path / name for name in _FOLDERS)):
+                if folder.is_dir():
+                    place = str(folder)
+                    tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise UserError(f"cannot write to {str(path)!r}: {error.strerror or error}; choose another --out") from None
+            raise UserError(f"cannot write to {place!r}: {error.strerror or error}; choose another folder") from None
         if not store._check_schema():
             store._write_schema()
         return store
@@ -96,10 +107,28 @@ class Store(Artifacts):
 
     # Derived tables
 
-    def records(self) -> pd.DataFrame:
-        """One row per measurement; a job or evaluator without one has a row with its status."""
-        rows = [record for job_id in self.job_ids() for record in self._rows(job_id)]
-        return pd.DataFrame(rows, columns=COLUMNS)
+    def tables(self) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """Records and values per observation; as they were derived, if that was from what is there and by this code."""
+        if self.is_derived():
+            records = self.read("records.parquet", _records)
+            examples = self.read("examples.parquet", _examples)
+            if records is not None and examples is not None and records.attrs.get(_MADE_BY) == _sources():
+                return records, examples
+        examples = self._examples()  # first: what is found damaged here is no record
+        return self.records(), examples
+
+    def records(self, job_ids: Iterable[str] | None = None) -> pd.DataFrame:
+        """One row per measurement; a job or evaluator without one has a row with its status.
+
+        Args:
+            job_ids: Of which jobs; of all unless given.
+        """
+        import pandas as pd
+
+        rows = [found for job_id in job_ids or self.job_ids() for found in self._rows(job_id)]
+        records = pd.DataFrame(rows, columns=COLUMNS)
+        records.attrs[_MADE_BY] = _sources()  # parquet keeps it
+        return records
 
     def _rows(self, job_id: str) -> Iterator[Facts]:
         job = self.job(job_id)
@@ -116,6 +145,8 @@ class Store(Artifacts):
         return self._examples() if derived is None else derived
 
     def _examples(self) -> pd.DataFrame:
+        import pandas as pd
+
         found = [
             ((job_id, facts["evaluator"], facts["metric"]), arrays)
             for job_id in self.job_ids()
@@ -140,20 +171,67 @@ class Store(Artifacts):
         """Whether the derived tables are there and newer than everything that they are derived from."""
         derived = [self.path / name for name in ("records.parquet", "records.csv", "examples.parquet")]
         oldest = min(path.stat().st_mtime_ns if path.is_file() else -1 for path in derived)
+        return oldest >= self._changed()
+
+    def _changed(self) -> int:
+        """When anything that tables are derived from has last changed, in nanoseconds."""
         folders = [self.path / "jobs", self.path / "measurements"]
-        return oldest >= max((_newest(str(folder), 2) for folder in folders if folder.is_dir()), default=0)
+        return max((_newest(str(folder), 2) for folder in folders if folder.is_dir()), default=0)
 
     def derive(self) -> pd.DataFrame:
-        """Write records.parquet, records.csv and examples.parquet anew; returns the records."""
+        """Write records.parquet, records.csv and examples.parquet anew; returns the records.
+
+        What other processes have stored meanwhile comes in too, unless they go on and on: they will derive them again.
+        """
+        records = self._derive()
+        for _ in range(_TRIES):
+            if self.is_derived():
+                break
+            records = self._derive()
+        return records
+
+    def _derive(self) -> pd.DataFrame:
+        """The tables get the time of what they are derived from: what is stored while they are made is newer."""
+        changed = self._changed()
         examples = self._examples()  # first: what is found damaged here is no record
         records = self.records()
-        self.write("records.parquet", parquet(records))
-        self.write("records.csv", records.to_csv(index=False).encode())
-        self.write("examples.parquet", parquet(examples))
+        tables = {
+            "records.parquet": parquet(records),
+            "records.csv": records.to_csv(index=False).encode(),
+            "examples.parquet": parquet(examples),
+        }
+        with self.staged(tables) as paths:
+            for path in paths:
+                os.utime(path, ns=(changed, changed))
         return records
+
+    @contextmanager
+    def derived_anyway(self) -> Generator[None]:
+        """If what is done inside fails, the derived tables are written all the same, where they can be."""
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):  # what has failed before says more
+                if self.job_ids():
+                    self.derive()
+            raise
+
+
+def _sources() -> str:
+    """Hash of what makes records of the files of jobs: by another version they may be others."""
+    files = (Path(module).read_bytes() for module in (__file__, record.__file__))
+    return hashlib.sha256(b"".join(files)).hexdigest()[:16]
+
+
+def _records(content: bytes) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.read_parquet(io.BytesIO(content))
 
 
 def _examples(content: bytes) -> pd.DataFrame:
+    import pandas as pd
+
     table = pd.read_parquet(io.BytesIO(content))
     return table[[*_NAMES, *_VALUES]]
 
@@ -163,8 +241,9 @@ def _newest(path: str, deep: int) -> int:
     times = [os.stat(path).st_mtime_ns]
     with os.scandir(path) as entries:
         for entry in entries:
-            if entry.is_dir() and deep > 1:
-                times.append(_newest(entry.path, deep - 1))
-            elif entry.name.endswith(".json"):
-                times.append(entry.stat().st_mtime_ns)
+            with suppress(FileNotFoundError):  # another process has removed it; its folder has changed
+                if entry.is_dir() and deep > 1:
+                    times.append(_newest(entry.path, deep - 1))
+                elif entry.name.endswith(".json"):
+                    times.append(entry.stat().st_mtime_ns)
     return max(times)

@@ -10,6 +10,7 @@ import pandas as pd
 
 from harness import statistics
 from harness.experiment import Suite
+from harness.files import Folder
 from harness.report import cells
 from harness.report.grids import REPORTED, Grid, grids, sentence, summary
 from harness.report.markdown import assignments, bullets, environment, escape, grid
@@ -41,10 +42,10 @@ def write(results: Results, folder: Path) -> Path:
         *_versions(results),
         *["", "To repeat:", "", f"    {cells.one_line(results.repeat, 10_000)}"],
     ]
-    path = folder / "report.md"
-    path.write_text("\n".join(sections) + "\n", encoding="utf-8")
-    pd.DataFrame(summary(results), columns=SUMMARY).to_csv(folder / "summary.csv", index=False, float_format="%.8g")
-    return path
+    table = pd.DataFrame(summary(results), columns=SUMMARY)
+    Folder(folder).write_text("report.md", "\n".join(sections) + "\n")
+    Folder(folder).write_text("summary.csv", table.to_csv(index=False, float_format="%.8g"))
+    return folder / "report.md"
 
 
 def _findings(results: Results) -> list[str]:

@@ -3,6 +3,7 @@
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 from __future__ import annotations
 
+import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from harness.files import Folder
 from harness.report.cells import one_line
 from harness.report.tables import MethodRow, Table
 from harness.statistics import Difference
@@ -60,8 +62,9 @@ def colours_of(labels: Sequence[str]) -> dict[str, str]:
 
 def save(figure: Figure, path: Path) -> None:
     FigureCanvasAgg(figure)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=RESOLUTION, bbox_inches="tight", metadata={"Software": None})
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=RESOLUTION, bbox_inches="tight", metadata={"Software": None})
+    Folder(path.parent).write(path.name, drawn.getvalue())
 
 
 def plain(text: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from harness import readings
+from harness.files import Folder
 from harness.options import seeds_text
 from harness.report import cells, doubts, notes, tables
 from harness.report.build import tables_of
@@ -69,11 +70,10 @@ def write_built(store: Source, records: pd.DataFrame, built: Sequence[Table], fo
         *bullets(notes.legend(built)),
         *(line for table, shown in zip(built, pictures, strict=True) for line in _section(table, shown)),
         *_methods(built),
-        *environment(readings.rows(records)),
+        *environment(readings.rows(records[[*_ENVIRONMENT]])),
     ]
-    path = folder / "report.md"
-    path.write_text("\n".join(sections) + "\n", encoding="utf-8")
-    return path
+    Folder(folder).write_text("report.md", "\n".join(sections) + "\n")
+    return folder / "report.md"
 
 
 def slug(text: str) -> str:

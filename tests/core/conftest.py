@@ -1,10 +1,12 @@
-"""Mutants: modules with one piece of their source replaced, to see that the tests would notice. Memory, measured."""
+"""Mutants: modules with a piece of their source replaced, to see that tests would notice. Memory, measured. Disks."""
 
 from __future__ import annotations
 
 import inspect
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -47,3 +49,24 @@ def peak() -> Callable[[Callable[[], object]], int]:
         return int(np.cumsum([nbytes for _, nbytes in changes]).max())
 
     return measure
+
+
+@pytest.fixture
+def tmpfs(tmp_path: Path) -> Iterator[Callable[[], Path]]:
+    """Mounts a small disk in memory, and returns its folder; skips the test where that is not allowed."""
+    folders: list[Path] = []
+
+    def mount() -> Path:
+        folder = tmp_path / f"disk{len(folders)}"
+        folder.mkdir()
+        words = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(folder)]
+        try:
+            subprocess.run(words, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"no tmpfs can be mounted: {getattr(error, 'stderr', '') or error}")
+        folders.append(folder)
+        return folder
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

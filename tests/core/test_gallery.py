@@ -76,7 +76,7 @@ def test_nothing_is_kept_of_many_dimensions_or_of_several_posteriors(latent_dim:
 
 def test_a_gallery_goes_through_the_store(tmp_path: Path) -> None:
     arrays, store = shown(WithExactDraws(3)), Store.create(tmp_path)
-    store.write_fit("a-job", {"weight": np.zeros(1)}, [], arrays)
+    store.write_fit("a-job", {"weight": np.zeros(1)}, [], arrays, {})
     stored = store.gallery("a-job")
     assert stored.keys() == arrays.keys()
     assert all(np.array_equal(stored[name], arrays[name]) for name in arrays)
