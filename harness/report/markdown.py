@@ -93,8 +93,21 @@ def unique_slugs(texts: Sequence[str]) -> list[str]:
 
 
 def escape(text: str, longest: int = cells.LONGEST_REASON) -> str:
-    """Text from elsewhere as Markdown that shows it as it is: on one line, within a table or a paragraph."""
-    return _SPECIAL.sub(r"\\\1", html.escape(cells.one_line(text, longest), quote=False))
+    """Text from elsewhere as Markdown that shows it as it is: on one line, within a table or a paragraph.
+
+    But for the user's home folder: reports are passed on.
+    """
+    line = cells.one_line(text.replace(_home(), "~/"), longest)
+    return _SPECIAL.sub(r"\\\1", html.escape(line, quote=False))
+
+
+def _home() -> str:
+    """With a slash behind it; what stands for it if there is none, or if it is the root of all folders."""
+    try:
+        home = Path.home()
+    except RuntimeError:
+        return "~/"
+    return f"{home}/" if home != home.parent else "~/"
 
 
 def bullets(lines: Iterable[str], longest: int = cells.LONGEST_REASON) -> list[str]:
