@@ -6,6 +6,7 @@ import contextlib
 import logging
 import math
 import os
+import platform
 import threading
 import time
 from collections import deque
@@ -99,7 +100,7 @@ class Errand(Generic[T]):
 
     def _folder(self) -> contextlib.AbstractContextManager[None]:
         if not os.path.isdir(self.folder):
-            raise UserError(f"{self.folder!r}, where the run was started, is not there on {os.uname().nodename}")
+            raise UserError(f"{self.folder!r}, where the run was started, is not there on {platform.node()}")
         return contextlib.chdir(self.folder)
 
 
@@ -168,9 +169,11 @@ class _Run(Generic[T]):
                 case "told":
                     self.heard(0, *facts)
                 case "logged":
-                    log.log(*facts[:1], "%s", *facts[1:])
+                    level, text = facts
+                    log.log(level, "%s", text)
                 case _:
-                    self._bury(task, *facts)
+                    [end] = facts
+                    self._bury(task, end)
         self.stopped = self.stopped or told.stopped
         if told.error is not None:
             raise told.error

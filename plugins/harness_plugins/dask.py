@@ -25,7 +25,8 @@ class Dask(Executor):
     workers with ``--nthreads 1``. What a worker has died of is tried again by the scheduler as often as it allows
     failures (``distributed.scheduler.allowed-failures``), and ends as ``killed``. Workers need this package, the same
     plugins and the folder of results under the same path. Limits of time and memory need workers that may start
-    processes of their own: ``--no-nanny``, or ``distributed.worker.daemon: false``.
+    processes of their own: ``--no-nanny``, or ``distributed.worker.daemon: false``. What is being worked on when a
+    run is interrupted goes on by itself, and its results are kept.
 
     Args:
         address: Of the scheduler, such as ``tcp://10.0.0.1:8786``.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -242,12 +243,26 @@ def test_slurm_kills_what_goes_over_a_limit(deadly: Path, tmp_path: Path) -> Non
 # An end before the work is done
 
 
-def test_a_fit_that_is_put_back_into_the_queue_goes_on_from_where_it_was() -> None:
-    pytest.importorskip("submitit")
-    from harness_plugins.slurm import _Requeued
-
-    again = _Requeued(len).checkpoint("four")
-    assert again.result() == 4
+def test_a_fit_that_is_put_back_into_the_queue_goes_on_from_where_it_was(deadly: Path, tmp_path: Path) -> None:
+    """As Slurm does: a signal, upon which submitit asks what is to be called again, and ends the process."""
+    notes = tmp_path / "notes"
+    slow = f"time.sleep(0.02), open({str(notes)!r}, 'a').write('.')"
+    deadly.write_text(deadly.read_text().replace("os._exit(7)", slow).replace("import multi", "import time, multi"))
+    given = ["deadly", "--problems", "four-points", "--seeds", "1", "--budget", "steps=300", "--evaluators", "exact"]
+    words = ["compare", "--methods", *given, "--plugin", str(deadly), "--executor", "slurm[cluster=local]"]
+    command = f"import sys; from harness.cli import main; sys.exit(main({[*words, '--out', str(tmp_path / 'out')]!r}))"
+    process = psutil.Popen([sys.executable, "-c", command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 100
+    while not notes.exists() or len(notes.read_text()) < 50:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    [element] = [child for child in process.children(recursive=True) if "submitit.core._submit" in child.cmdline()]
+    element.send_signal(signal.SIGUSR2)
+    assert process.wait(100) == 0
+    records = Store(tmp_path / "out").records()
+    assert set(records["status"]) == {"ok"}
+    assert set(records["fit_parts"]) == {2}
+    assert len(notes.read_text()) < 320  # it has not begun anew
 
 
 def test_a_run_whose_time_is_up_stops_and_goes_on(tmp_path: Path) -> None:
