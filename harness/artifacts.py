@@ -183,6 +183,19 @@ class Artifacts(Folder):
         """All arrays of a measurement, values per observation and traces; None if they are not there or damaged."""
         return self._arrays(job_id, evaluator, lambda names: names)
 
+    def left_behind(self, job_id: str, evaluator: str | None) -> Path | None:
+        """The file that says more of how a job has failed, or an evaluator of it: a traceback, or what it printed last.
+
+        Args:
+            evaluator: As in the column of that name.
+        """
+        names = [f"jobs/{job_id}"]
+        if evaluator:
+            measured = self._measurements(job_id)
+            names = [f"measurements/{job_id}/{name}" for name, facts in measured if _is_by(evaluator, facts)]
+        paths = [self.path / f"{name}.{what}.txt" for name in names for what in ("traceback", "output")]
+        return max((path for path in paths if path.is_file()), key=lambda path: path.stat().st_mtime, default=None)
+
     def traces(self, job_id: str, evaluator: str, metric: str) -> dict[str, np.ndarray]:
         """Diagnostic arrays of a measurement by name; empty if there are none.
 
@@ -196,7 +209,7 @@ class Artifacts(Folder):
             if b'"arrays"' in content and begins not in content:
                 continue  # without parsing it: this is asked of thousands of jobs that have none
             facts = self.measured(job_id, name)
-            if facts and any(found["evaluator"] == evaluator for found in facts["rows"]):
+            if facts and _is_by(evaluator, facts):
                 arrays = self._arrays(job_id, name, lambda names: [each for each in names if each.startswith(prefix)])
                 return {key.removeprefix(prefix): array for key, array in (arrays or {}).items()}
         return {}
@@ -216,6 +229,10 @@ class Artifacts(Folder):
 
     def _quarantine_measured(self, job_id: str, evaluator: str, reason: str) -> None:
         self.quarantine(f"measurements/{job_id}/{evaluator}.json", reason)
+
+
+def _is_by(evaluator: str, measured: Facts) -> bool:
+    return any(found["evaluator"] == evaluator for found in measured["rows"])
 
 
 def _text(facts: Mapping[str, Any]) -> bytes:

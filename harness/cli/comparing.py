@@ -6,7 +6,7 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from harness.planning import PlannedJob
+    from harness.statistics import Row
     from harness.store import Store
 
 
@@ -83,11 +84,13 @@ def execute(order: str, stop_after: str | None, time_limit: str | None, memory_l
     """
     from harness import orders
     from harness.cli.progress import shown
+    from harness.store import Store
 
     text = sys.stdin.read() if order == "-" else Path(order).read_text(encoding="utf-8")
     limits = {"time_limit": time_limit, "memory_limit": memory_limit}
-    records = orders.carry_out(orders.parsed(text), stop_after=stop_after, **limits, progress=shown())
-    return told_failures(records, "harness plan")
+    given = orders.parsed(text)
+    records = orders.carry_out(given, stop_after=stop_after, **limits, progress=shown())
+    return told_failures(records, "harness plan", lambda _: Store(given["out"]))
 
 
 @click.command(cls=StrictCommand)
@@ -146,18 +149,24 @@ def _conclude(records: pd.DataFrame, store: Store, job_order: Sequence[str] = ()
     print_tables(records, store.examples(), output(), job_order)
     click.echo(f"records: {store.path / 'records.csv'}")
     click.echo(f"report:  harness report {shlex.quote(str(store.path))}")
-    return told_failures(records, "harness compare")
+    return told_failures(records, "harness compare", lambda _: store)
 
 
-def told_failures(records: pd.DataFrame, command: str) -> int:
-    """Tell what failed, and how to try it again; returns the exit code."""
+def told_failures(records: pd.DataFrame, command: str, store: Callable[[Row], Store]) -> int:
+    """Tell what failed, where to read on, and how to try it again; returns the exit code.
+
+    Args:
+        store: In which a record's job is.
+    """
     from harness import readings
 
     failed = [row for row in readings.rows(records) if row["status"] not in ("ok", "skipped")]
     for row in failed:
         by = f", evaluator {row['evaluator']}" if row["evaluator"] else ""
         what = f"{row['method']} on {row['problem']}, seed {row['seed']}{by} (job {row['job_id']})"
-        click.echo(f"harness: {row['status']}: {what}: {one_line(str(row['reason']))}", err=True)
+        left = store(row).left_behind(row["job_id"], row["evaluator"])
+        more = f"; see {left}" if left else ""
+        click.echo(f"harness: {row['status']}: {what}: {one_line(str(row['reason']))}{more}", err=True)
     if failed:
         statuses = ",".join(sorted({row["status"] for row in failed}))
         click.echo(f"harness: `{command}` with --retry {statuses} tries these again", err=True)

@@ -70,8 +70,9 @@ def _conclude(made: Reproduction) -> int:
     from harness.cli.console import output
     from harness.report.grids import grids
     from harness.report.terminal import print_grids
+    from harness.store import Store
 
     print_grids(grids(made.results), output())
     click.echo(f"report:  {made.report}")
     click.echo(f"summary: {made.folder / 'summary.csv'}")
-    return told_failures(made.records, "harness reproduce")
+    return told_failures(made.records, "harness reproduce", lambda row: Store(made.folder / row["suite"]))

@@ -125,9 +125,10 @@ def test_a_failed_job_gives_exit_code_1_and_can_be_tried_again(run: Run) -> None
     code, out, err = run("compare", *words)
     assert code == 1
     assert "faulty" in out
-    assert re.search(
-        r"^harness: failed: faulty on four-points, seed 0 \(job \w{16}\): RuntimeError: half-way", err, re.MULTILINE
-    )
+    told = r"^harness: failed: faulty on four-points, seed 0 \(job \w{16}\): RuntimeError: half-way through; see (here/jobs/.*)"
+    seen = re.search(told, err, re.MULTILINE)
+    assert seen
+    assert "Traceback" in Path(seen[1]).read_text()
     assert re.search(r"^harness: diverged: faulty on four-points, seed 0", err, re.MULTILINE)
     assert "--retry diverged,failed" in err
 
