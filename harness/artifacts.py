@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 class Artifacts(Folder):
     """Files of jobs; what is damaged of them counts as missing."""
 
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path)
+        self._traceless = set[tuple[str, str, str]]()  # figures ask one after another, of thousands of jobs
+
     # Jobs and fits
 
     def job(self, job_id: str) -> Facts | None:
@@ -165,6 +169,7 @@ class Artifacts(Folder):
 
     def write_measured(self, job_id: str, evaluator: str, facts: Facts, examples: Mapping[str, np.ndarray]) -> None:
         """Write measurements; the values per observation first, without what was said of others."""
+        self._traceless.clear()
         name, content = f"measurements/{job_id}/{evaluator}", npz(examples)
         text = _text({**facts, "npz_bytes": len(content), "arrays": list(examples)})
         with self.staged({f"{name}.npz": content, f"{name}.json": text}):
@@ -202,6 +207,8 @@ class Artifacts(Folder):
         Args:
             evaluator: As in the column of that name.
         """
+        if (job_id, evaluator, metric) in self._traceless:
+            return {}
         prefix = f"{metric}/traces/"
         begins = json.dumps(prefix)[:-1].encode()
         for name in self.measured_by(job_id):
@@ -212,6 +219,7 @@ class Artifacts(Folder):
             if facts and _is_by(evaluator, facts):
                 arrays = self._arrays(job_id, name, lambda names: [each for each in names if each.startswith(prefix)])
                 return {key.removeprefix(prefix): array for key, array in (arrays or {}).items()}
+        self._traceless.add((job_id, evaluator, metric))
         return {}
 
     def _measurements(self, job_id: str) -> Iterator[tuple[str, Facts]]:
