@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
 
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return torch.cuda.get_device_name(device) if torch.cuda.is_available() else ""  # it is another machine's
     return f"{_processor()}, {psutil.cpu_count(logical=True)} logical cores"
 
 

@@ -32,6 +32,7 @@ def execute(
     elsewhere: WorkElsewhere | None = None,
     executor: Executor | None = None,
     derive: bool = True,
+    beside: int = 1,
 ) -> pd.DataFrame:
     """Work on what is not done yet; the store's tables are derived whatever happens.
 
@@ -39,6 +40,7 @@ def execute(
         elsewhere: How workers do it; in this process, one bundle of jobs after another, unless given.
         executor: Who has them do it; worker processes of this machine unless given.
         derive: Leave the tables as they are if not.
+        beside: How many runs are at work on a machine at a time, as far as is known.
     """
 
     def records() -> pd.DataFrame:
@@ -50,6 +52,7 @@ def execute(
     if not tasks:
         return records_of(comparison, store.records()) if derive and store.is_derived() else records()
     facts = machine(comparison) | ({"threads": elsewhere.threads} if elsewhere and elsewhere.threads else {})
+    facts |= {"hardware": ""} if executor else {}  # what dies elsewhere cannot tell of its machine
     store.write_text("environment.json", json.dumps({**environment.versions(), **facts}, indent=1))
     audience = Audience(comparison.registry, {task.entry.job_id: task for task in tasks}, progress)
     deaths = Deaths(comparison, store, facts, audience.lost)
@@ -57,21 +60,21 @@ def execute(
     def died(worker: int, bundle: Bundle, end: End) -> list[Bundle]:
         return deaths.of(bundle, *audience.left(worker, bundle), end)
 
-    beside, alone = list[Bundle](), list[Bundle]()
+    together, alone = list[Bundle](), list[Bundle]()
     for bundle in bundles(tasks):
         timed = bundle[0].job.budget.unit == "seconds" and not (executor and executor.apart)
-        (alone if timed or not elsewhere else beside).append(Bundle(tuple(task.job.job_id for task in bundle)))
+        (alone if timed or not elsewhere else together).append(Bundle(tuple(task.job.job_id for task in bundle)))
     progress.started(len(tasks))
     with store.derived_anyway() if derive else nullcontext(), ExitStack() as at_end:
         at_end.callback(progress.finished)
-        if elsewhere and beside:
-            _runner(elsewhere, executor).run(elsewhere, beside, audience.heard, died, stop)
+        if elsewhere and together:
+            _runner(elsewhere, executor).run(elsewhere, together, audience.heard, died, stop)
         if elsewhere and alone and (executor or elsewhere.limits.any):
-            one = dataclasses.replace(elsewhere, beside=1)
+            one = dataclasses.replace(elsewhere, beside=beside)
             _runner(one, executor, one_at_a_time=True).run(one, alone, audience.heard, died, stop)
-        else:
+        elif alone:
             with threads_limited(elsewhere.threads) if elsewhere and elsewhere.threads else nullcontext():
-                LocalExecutor().run(partial(Work, comparison, store), alone, audience.heard, died, stop)
+                LocalExecutor().run(partial(Work, comparison, store, beside=beside), alone, audience.heard, died, stop)
     return records()
 
 

@@ -54,6 +54,8 @@ _FIT_SOURCES = (
     training,
 )
 VECTORISED = "vectorised"
+"""Begins the step mode of a fit that may share its steps with others."""
+
 _MEASURE_SOURCES = (evaluator, estimators)
 
 

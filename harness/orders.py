@@ -101,12 +101,14 @@ def carry_out(
     stop_after: float | str | None = None,
     time_limit: float | str | None = None,
     memory_limit: float | str | None = None,
+    apart: bool = False,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Do what is ordered and not done yet; the folder's tables are left for whoever reads them to derive.
 
     Args:
         stop_after, time_limit, memory_limit: As in `harness.compare`.
+        apart: Nothing else runs on this machine meanwhile; only then seconds are taken for comparable.
 
     Returns:
         The records of the order's jobs.
@@ -121,7 +123,7 @@ def carry_out(
         raise UserError(f"{order['folder']!r}, where it was planned, is not there on this machine")
     with contextlib.chdir(folder):
         comparison, store = comparison_of(order), Store.create(order["out"])
-        elsewhere = None
+        elsewhere, beside = None, 1 if apart else 2
         if limits.any:
-            elsewhere = WorkElsewhere(partial(comparison_of, order), store.path, None, 1, limits)
-        return execute(comparison, store, progress or Progress(), stop, elsewhere, derive=False)
+            elsewhere = WorkElsewhere(partial(comparison_of, order), store.path, None, beside, limits)
+        return execute(comparison, store, progress or Progress(), stop, elsewhere, derive=False, beside=beside)

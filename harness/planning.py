@@ -28,8 +28,6 @@ from harness.training import OF_ITS_OWN
 
 log = logging.getLogger(__name__)
 
-"""The step mode of a fit that may share its steps with others."""
-
 Selection = str | Method | Problem | Evaluator | Iterable[str | Method | Problem | Evaluator]
 
 

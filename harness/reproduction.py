@@ -124,7 +124,9 @@ def run(
     somewhere = executor_of(executor, plugins, common["jobs"])
     *_, beside = rehearse(chosen, at, beside=common["jobs"] > 1 or (somewhere is not None and not somewhere.apart))
     if untimed := [suite.name for suite in suites if suite not in beside]:
-        raise UserError(f"{', '.join(untimed)}: the seconds of fits are needed that run one at a time; use jobs=1")
+        raise UserError(
+            f"{', '.join(untimed)}: the seconds of fits are needed that run one at a time: use jobs=1, here"
+        )
     for suite in suites:  # mistakes are told of before anything is run, in later suites too
         _check_apart(suite, numbers)
         plan(**_arguments(suite, numbers, folder), **common)

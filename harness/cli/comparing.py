@@ -76,7 +76,8 @@ def plan(asked: Arguments, as_json: bool, form: str | None) -> int:
 @click.argument("order", metavar="JOB.json")
 @stop_option
 @limit_options
-def execute(order: str, stop_after: str | None, time_limit: str | None, memory_limit: str | None) -> int:
+@click.option("--apart", is_flag=True, help="Nothing else runs on this machine meanwhile: seconds are comparable.")
+def execute(order: str, stop_after: str | None, time_limit: str | None, memory_limit: str | None, apart: bool) -> int:
     """Carry out an order of `plan --format jsonl`.
 
     JOB.json is a file with it, or - for standard input. What is done already is not done again. Any number of orders
@@ -89,7 +90,7 @@ def execute(order: str, stop_after: str | None, time_limit: str | None, memory_l
     text = sys.stdin.read() if order == "-" else Path(order).read_text(encoding="utf-8")
     limits = {"time_limit": time_limit, "memory_limit": memory_limit}
     given = orders.parsed(text)
-    records = orders.carry_out(given, stop_after=stop_after, **limits, progress=shown())
+    records = orders.carry_out(given, stop_after=stop_after, **limits, apart=apart, progress=shown())
     return told_failures(records, "harness plan", lambda _: Store(given["out"]))
 
 

@@ -80,7 +80,7 @@ class _Handle:
             return self.future.result()
         except KilledWorker as error:
             times, last = error.allowed_failures + 1, error.last_worker.address
-            raise Died(f"{times} dask workers have died of it, the last one {last}", times=times) from None
+            raise Died(f"every dask worker that was at it has died ({times}), at last {last}", times=times) from None
         except CancelledError as error:
             raise UserError(f"dask: the scheduler has given up a job: {error}") from None
         except ImportError as error:

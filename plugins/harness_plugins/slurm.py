@@ -61,7 +61,7 @@ class Slurm(Executor):
 
     @property
     def apart(self) -> bool:
-        return self.exclusive
+        return self.exclusive and self.cluster == "slurm"
 
     @contextmanager
     def connected(self, folder: Path) -> Iterator[Submit]:

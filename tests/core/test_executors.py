@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import pandas as pd
 import psutil
 import pytest
+import torch
 
 import harness
 from harness.comparison import plan
@@ -184,7 +185,7 @@ def test_a_dask_worker_that_dies_costs_only_its_job(scheduler: str, deadly: Path
     )
     assert dict(zip(records["method"], records["status"], strict=True)) == {"deadly": "killed", "vae": "ok"}
     [reason] = records["reason"][records["method"] == "deadly"]
-    assert "1 dask workers have died of it" in reason
+    assert reason.startswith("every dask worker that was at it has died (1)")
 
 
 def test_a_process_that_dies_in_a_slurm_job_costs_only_its_job(deadly: Path, tmp_path: Path) -> None:
@@ -226,6 +227,15 @@ def test_mistakes_are_told_of_before_anything_is_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="how many run at once is up to the executor"):
         harness.compare("vae", seeds=1, out=tmp_path / "out", executor="slurm", jobs=2, **SMALL)
     assert not (tmp_path / "out" / "jobs").exists()
+
+
+def test_a_device_that_is_not_here_may_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The jobs are handed in; that it is not there either is told by where they run, which is here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    Threads.given.clear()
+    with pytest.raises(UserError, match="device 'cuda' is not available"):
+        harness.compare("vae", seeds=1, out=tmp_path, executor=Threads(), device="cuda", **SMALL)
+    assert len(Threads.given) == 1
 
 
 def test_limits_need_processes_of_dask_workers(scheduler: str, tmp_path: Path) -> None:
