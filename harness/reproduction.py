@@ -50,6 +50,7 @@ def reproduce(
     seeds: int | str | Sequence[int] | None = None,
     scale: str = DEFAULT_SCALE,
     device: str = "auto",
+    step: str = "auto",
     out: str | Path | None = None,
     plugins: Iterable[str | Path] = (),
     retry: Iterable[str] = (),
@@ -66,6 +67,7 @@ def reproduce(
         experiment: As on the command line (``"avb-decoders[model=conv1]"``), or an object.
         seeds: How many (0, 1, ...), or which; the experiment's own number unless given.
         scale: ``smoke``, ``laptop`` or ``paper``.
+        step: How steps of training are taken, as in `harness.compare`; another way is other fits.
         out: ``results/NAME`` unless given, with the scale in the name if it is not laptop.
         retry: Statuses (``failed`` ...) of finished jobs that are to be tried again.
         stop_after: As in `harness.compare`, for all suites together.
@@ -83,6 +85,7 @@ def reproduce(
         seeds=seeds,
         scale=scale,
         device=device,
+        step=step,
         out=out,
         plugins=plugins,
         retry=retry,
@@ -102,6 +105,7 @@ def run(
     seeds: int | str | Sequence[int] | None,
     scale: str,
     device: str,
+    step: str,
     out: str | Path | None,
     plugins: Iterable[str | Path],
     retry: Iterable[str],
@@ -118,8 +122,8 @@ def run(
     chosen, at = _one(registry, experiment), _scale(scale)
     numbers = parse_seeds(chosen.seeds(at) if seeds is None else seeds)
     folder = Path(out) if out is not None else Path("results") / _folder(chosen.label, at)
-    common = {"device": device, "plugins": plugins, "retry": retry, "jobs": parse_jobs(jobs), "executor": executor}
-    common |= {"time_limit": time_limit, "memory_limit": memory_limit}
+    common = {"device": device, "step": step, "plugins": plugins, "retry": retry, "executor": executor}
+    common |= {"jobs": parse_jobs(jobs), "time_limit": time_limit, "memory_limit": memory_limit}
     *_, suites = rehearse(chosen, at)
     somewhere = executor_of(executor, plugins, common["jobs"])
     *_, beside = rehearse(chosen, at, beside=common["jobs"] > 1 or (somewhere is not None and not somewhere.apart))
@@ -219,6 +223,7 @@ def _command(experiment: Experiment, scale: Scale, seeds: Sequence[int], common:
     """The command line that repeats the run."""
     words = ["harness", "reproduce", experiment.label, "--scale", scale, "--seeds", seeds_text(seeds)]
     words += ["--device", common["device"]] if common["device"] != "auto" else []
+    words += ["--step", common["step"]] if common["step"] != "auto" else []
     words += ["--jobs", str(common["jobs"])] if common["jobs"] != 1 else []
     words += ["--executor", str(common["executor"])] if isinstance(common["executor"], str) else []
     return shlex.join([*words, *(word for path in common["plugins"] for word in ("--plugin", str(path)))])

@@ -8,7 +8,7 @@ import click
 
 from harness.cli.comparing import told_failures
 from harness.cli.parsing import StrictCommand
-from harness.cli.suite import plugin_option, stop_option, worker_options
+from harness.cli.suite import plugin_option, step_option, stop_option, worker_options
 
 if TYPE_CHECKING:
     from harness.reproduction import Reproduction
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 @click.option("--seeds", metavar="N|LIST", help="How many (3) or which (0,1,2).  [default: the experiment's own]")
 @click.option("--scale", metavar="NAME", default="laptop", help="smoke, laptop or paper.  [default: laptop]")
 @click.option("--device", metavar="NAME", default="auto", help="auto, cpu or cuda.  [default: auto]")
+@step_option
 @click.option("--out", metavar="DIR", help="Folder of results; what it has is not done again.  [default: results/NAME]")
 @click.option("--retry", metavar="STATUSES", help="Try again what ended so: failed,diverged.")
 @stop_option
@@ -29,6 +30,7 @@ def reproduce(
     seeds: str | None,
     scale: str,
     device: str,
+    step: str | None,
     out: str | None,
     retry: str | None,
     stop_after: str | None,
@@ -53,6 +55,7 @@ def reproduce(
         seeds=seeds,
         scale=scale,
         device=device,
+        step=step or "auto",
         out=out,
         plugins=plugin,
         retry=statuses,

@@ -123,6 +123,10 @@ def limit_options(command: Callable[..., int]) -> Callable[..., int]:
     return _options(command, "time-limit", "memory-limit")
 
 
+def step_option(command: Callable[..., int]) -> Callable[..., int]:
+    return _options(command, "step")
+
+
 def worker_options(command: Callable[..., int]) -> Callable[..., int]:
     return _options(command, "jobs", "executor", "time-limit", "memory-limit")
 

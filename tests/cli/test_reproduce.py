@@ -135,15 +135,17 @@ def test_a_later_suite_that_cannot_be_run_is_refused_before_the_first(run: Run) 
 
 def test_python_does_the_same_with_seeds_and_a_folder_of_ones_own(tmp_path: Path) -> None:
     folder = tmp_path / "here"
-    records = harness.reproduce("tiny-toy[steps=5]", scale="smoke", seeds=[4], out=folder, plugins=["tiny_toy.py"])
+    settings = {"scale": "smoke", "seeds": [4], "step": "eager", "plugins": ["tiny_toy.py"]}
+    records = harness.reproduce("tiny-toy[steps=5]", **settings, out=folder)
     assert set(records["suite"]) == {"equal-steps", "equal-seconds"}
     assert set(records["run"]) == {"avb", "vae"}
     stored = Store(folder / "equal-steps").records()
     assert set(stored["budget"]) == {"steps=5"}
     assert set(stored["seed"]) == {4}
+    assert set(stored["step_mode"]) == {"eager"}
     text = (folder / "report.md").read_text()
     assert "# tiny-toy\\[steps=5\\], scale smoke" in text
-    assert "harness reproduce 'tiny-toy[steps=5]' --scale smoke --seeds 4, --plugin tiny_toy.py" in text
+    assert "harness reproduce 'tiny-toy[steps=5]' --scale smoke --seeds 4, --step eager --plugin tiny_toy.py" in text
 
 
 def test_show_and_list_tell_what_an_experiment_runs(run: Run) -> None:
