@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from harness import (
+    cuda_graph,
     estimators,
     evaluator,
     method,
@@ -51,6 +52,7 @@ _FIT_SOURCES = (
     players,
     replicas,
     stepping,
+    cuda_graph,
     training,
 )
 VECTORISED = "vectorised"

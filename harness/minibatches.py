@@ -28,11 +28,18 @@ class Minibatches(Iterator[Tensor]):
         self.waiting = torch.empty(0, dtype=torch.long, device=order.device)
 
     def __next__(self) -> Tensor:
+        return self.read(self.indices())
+
+    def indices(self) -> Tensor:
+        """Which observations the next minibatch has, shape (batch_size,)."""
         if self.waiting.shape[0] < self.batch_size:
             self.waiting = torch.cat([self.waiting, self._permutations()])
-        x = self.split.read(self.waiting[: self.batch_size], self.binarisation)
-        self.waiting = self.waiting[self.batch_size :]
-        return x
+        taken, self.waiting = self.waiting[: self.batch_size], self.waiting[self.batch_size :]
+        return taken
+
+    def read(self, indices: Tensor) -> Tensor:
+        """The minibatch of these observations."""
+        return self.split.read(indices, self.binarisation)
 
     def _permutations(self) -> Tensor:
         """Indices of as many epochs as make 64 batches at least."""

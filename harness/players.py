@@ -148,6 +148,7 @@ class Adam:
 
     def __init__(self, flat: Tensor, pieces: Callable[[Tensor], list[Tensor]], players: Sequence[Player]) -> None:
         self.moments = {name: torch.zeros_like(flat) for name in ("exp_avg", "exp_avg_sq")}
+        self.factor: float | Tensor = torch.ones((), device=flat.device) if flat.is_cuda else 1.0
         self.settings = [(player.lr, player.betas) for player in players]
         alike = len({*self.settings}) == 1
         blocks = [slice(None)] if alike else [slice(row, row + 1) for row in range(len(players))]
@@ -159,7 +160,14 @@ class Adam:
             for setting, block, count in zip(self.settings[: len(blocks)], blocks, counts, strict=True)
         ]
 
-    def step(self, gradients: Sequence[Tensor], clip_norm: float, lr_factor: float) -> None:
+    def rescale(self, factor: float) -> None:
+        """From now on every learning rate is that many times its player's."""
+        if isinstance(self.factor, Tensor):  # of a CUDA graph, which reads it where it is
+            self.factor.fill_(factor)
+        else:
+            self.factor = factor
+
+    def step(self, gradients: Sequence[Tensor], clip_norm: float) -> None:
         """Along a gradient in pieces (R, n), each row's cut to that norm first, unless it is 0."""
         if clip_norm:  # as `torch.nn.utils.clip_grad_norm_` does
             norms = torch.stack([torch.linalg.vector_norm(piece, dim=1, keepdim=True) for piece in gradients])
@@ -169,7 +177,7 @@ class Adam:
             count += 1
             own = [piece[block] for piece in gradients]
             torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
-                parameters, own, first, second, [], [count] * len(own), lr=lr * lr_factor, beta1=beta1, beta2=beta2,
+                parameters, own, first, second, [], [count] * len(own), lr=lr * self.factor, beta1=beta1, beta2=beta2,
                 weight_decay=0.0, eps=EPSILON, amsgrad=False, maximize=False,
             )  # fmt: skip
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from harness.method import CurvePoint, Diverged, Run
+from harness.minibatches import Minibatches
 from harness.players import Modules, Noise, NoiseStreams, Owned, stacks
 from harness.precision import Products
 from harness.problem import TrainingView
@@ -58,9 +59,17 @@ class Replica:
         """What decides all minibatches and noise to come, by name."""
         return {"minibatches": self.batches, FURTHER: self.further_batches, "noise": self.noise}
 
-    def draw(self, *, further: bool) -> Drawn:
-        """The next minibatch (N, *E), and noise for it."""
-        return next(self.further_batches if further else self.batches), self.noise.draw(self.batch_size)
+    def minibatches(self, *, further: bool) -> Minibatches:
+        return self.further_batches if further else self.batches
+
+    def draw(self, indices: Tensor, *, further: bool) -> Drawn:
+        """The minibatch of these observations, (N,) -> (N, *E), and noise for it."""
+        return self.minibatches(further=further).read(indices), self.noise.draw(self.batch_size)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """Those that `draw` draws from."""
+        return [self.batches.binarisation, self.further_batches.binarisation, *self.noise.streams.values()]
 
     def log(self, step: int, fraction: float, seconds: float, objective: float, *, check: bool) -> None:
         """A point of the training curve; with the objective on the validation split, if that is to be checked."""
@@ -118,12 +127,21 @@ class Together:
                 own[name].data = row
         self.tensors = {name: tensor for player in owned for name, tensor in player.batched().items()} | self.buffers
 
-    def draw(self, *, further: bool = False) -> Drawn:
-        """The next minibatch, and noise for it; of several replicas stacked."""
-        drawn = [replica.draw(further=further) for replica in self.replicas]
+    def indices(self, *, further: bool = False) -> list[Tensor]:
+        """Which observations the next minibatch of each replica has: R times (N,)."""
+        return [replica.minibatches(further=further).indices() for replica in self.replicas]
+
+    def draw(self, indices: Sequence[Tensor], *, further: bool = False) -> Drawn:
+        """The minibatch of these observations of each replica, and noise for it; of several replicas stacked."""
+        drawn = [replica.draw(own, further=further) for replica, own in zip(self.replicas, indices, strict=True)]
         if self.single:
             return drawn[0]
         return torch.stack([x for x, _ in drawn]), stacks([noise for _, noise in drawn])
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """Those that `draw` draws from."""
+        return [generator for replica in self.replicas for generator in replica.generators]
 
     @contextmanager
     def buffers_kept(self) -> Iterator[None]:

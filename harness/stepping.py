@@ -2,7 +2,8 @@
 
 A recording is made once, of the losses and their derivatives together, down to tensor operations: what Python, autograd
 and `vmap` cost at every step is then paid once. On a CPU it is replayed by the same kernels in the same order, so that
-the numbers are the same to the last bit; on CUDA it becomes one CUDA graph. Compiled, its operations are fused too.
+the numbers are the same to the last bit; on CUDA it becomes one CUDA graph, together with the draws before it and the
+optimisers after it. Compiled, its operations are fused too.
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ each mover's gradient."""
 
 COMPILER: dict[str, Any] = {"compile_threads": 1}  # a pool of processes would outlive a run that is killed
 FIRST_UPDATES = 100  # by auto: a fit of few steps is over before a recording would have paid
-WARM_UP_RUNS = 3  # of a program before CUDA records it, as torch asks for
 CLOSE = {False: 1e-3, True: 1e-2}  # whether products are of 8 bits; compiled sums are in another order
 
 
@@ -113,14 +113,18 @@ class Recorded(Gradients):
             except torch.OutOfMemoryError:  # pyright: ignore[reportPrivateImportUsage]
                 raise
             except Exception as error:  # of the recorder or the compiler, or of the losses: then it comes again
-                log.warning("steps are taken as they are written, not by %s: %s", self.mode, _first_line(error))
-                self.broken, self.used = True, "eager"
+                self.give_up(error)
                 return self.eager(movers, drawn)
             self.used = self.mode
         self.last[names] = drawn
         objective, _, *pieces = self._replayed(names, drawn)
         rest = iter(pieces)
         return objective, [[*itertools.islice(rest, owned.pieces)] for owned in movers]
+
+    def give_up(self, error: Exception) -> None:
+        """From now on as they are written."""
+        log.warning("steps are taken as they are written, not by %s: %s", self.mode, _first_line(error))
+        self.broken, self.used = True, "eager"
 
     def check(self) -> None:
         for names, drawn in self.last.items() if not self.broken else ():
@@ -141,7 +145,7 @@ class Recorded(Gradients):
             return self.programs[names](*self.together.tensors.values(), *_flat(drawn))
 
     def _recorded(self, movers: Sequence[Owned], drawn: Drawn) -> Program:
-        x, noise = drawn
+        _, noise = drawn
         names = [*self.together.tensors]
         players = [owned.player.name for owned in movers]
 
@@ -159,37 +163,7 @@ class Recorded(Gradients):
             with torch.no_grad(), warnings.catch_warnings():  # of the compiler's own code
                 warnings.simplefilter("ignore", DeprecationWarning)
                 program = cast(Program, torch._inductor.compile(cast(Any, program), [*inputs], options=COMPILER))
-        return program if x.device.type != "cuda" else Captured(program, inputs, fixed=len(names))
-
-
-class Captured:
-    """A program as one CUDA graph. What it returns is overwritten by the next call.
-
-    Args:
-        fixed: How many of the inputs stay where they are; the others are copied to where the graph reads them.
-    """
-
-    def __init__(self, program: Program, inputs: Sequence[Tensor], fixed: int) -> None:
-        self.fixed = fixed
-        self.read = [tensor.clone() for tensor in inputs[fixed:]]
-        arguments = [*inputs[:fixed], *self.read]
-        device = self.read[0].device
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.no_grad(), torch.cuda.stream(side):
-            for _ in range(WARM_UP_RUNS):
-                program(*arguments)
-        torch.cuda.current_stream(device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self.graph):
-            self.outputs = program(*arguments)
-
-    def __call__(self, *inputs: Tensor) -> Sequence[Tensor]:
-        for place, tensor in zip(self.read, inputs[self.fixed :], strict=True):
-            place.copy_(tensor)
-        self.graph.replay()
-        objective, *gradients = self.outputs
-        return objective.clone(), *gradients
+        return program
 
 
 def gradients_by(step: str, together: Together) -> Gradients:

@@ -19,6 +19,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from harness.cuda_graph import whole
 from harness.method import Diverged, Fit, Method, Run, State
 from harness.nn import count_parameters
 from harness.players import Adam, InPlace, Modules, Noise, Owned, Player
@@ -200,8 +201,10 @@ class _Loop:
         players = zip(*(method.players() for method in self.methods), strict=True)
         self.owned = [Owned(same, modules) for same in players]
         self.movers = [owned for owned in self.owned if owned.parameters]
+        self.further = [owned for owned in self.movers for _ in range(owned.player.steps - 1)]
         self.together = Together(self.replicas, self.owned)
         self.gradients = gradients_by("eager" if self.method.one_by_one() else self.run.step, self.together)
+        self.updates = whole(self._updates, self.gradients, self.together)
         self.check_every = (
             math.ceil(self.run.budget.amount / VALIDATION_CHECKS)
             if self.run.budget.unit == "steps"
@@ -213,7 +216,7 @@ class _Loop:
         for replica in self.replicas:
             replica.modules.train()
         by_clock = self.run.budget.unit == "seconds"
-        batches_per_step = 1 + sum(owned.player.steps - 1 for owned in self.movers)
+        batches_per_step = 1 + len(self.further)
         done = False
         while not done:
             if self.run.budget.unit != "converged":
@@ -223,7 +226,7 @@ class _Loop:
             self.step()
             if not by_clock or self.steps % CLOCK_EVERY == 0:  # reading the clock waits for the device
                 self.fraction = self.run.fraction(self.steps, self.method.batch_size * batches_per_step)
-                self.lr_factor = self.method.lr_decay ** max(0.0, (self.fraction - 0.4) / 0.6)
+                self._rescale(self.method.lr_decay ** max(0.0, (self.fraction - 0.4) / 0.6))
             done = self.fraction >= 1
             check = done or self.steps % self.check_every == 0
             if check or self.steps % LOG_EVERY == 0:
@@ -241,17 +244,30 @@ class _Loop:
 
     def step(self) -> None:
         """All players at once from one shared forward pass, then the further steps of those that take more."""
-        self.pending.append(self._move(self.movers, self.together.draw()))
-        for owned in self.movers:
-            for _ in range(owned.player.steps - 1):
-                self._move([owned], self.together.draw(further=True))
+        further = [self.together.indices(further=True) for _ in self.further]
+        self.pending.append(self.updates([self.together.indices(), *further]))
+
+    def _updates(self, minibatches: Sequence[Sequence[Tensor]]) -> Tensor:
+        """A step from the indices of its minibatches, of all replicas each; the objective before it, (R,)."""
+        first, *further = minibatches
+        objective = self._move(self.movers, self.together.draw(first))
+        for owned, indices in zip(self.further, further, strict=True):
+            self._move([owned], self.together.draw(indices, further=True))
+        return objective
 
     def _move(self, movers: Sequence[Owned], drawn: Drawn) -> Tensor:
         """Update players at once; the objective before that, (R,)."""
         objective, gradients = self.gradients(movers, drawn)
         for owned, gradient in zip(movers, gradients, strict=True):
-            owned.adam.step(gradient, self.method.clip_norm, self.lr_factor)
+            owned.adam.step(gradient, self.method.clip_norm)
         return objective
+
+    def _rescale(self, lr_factor: float) -> None:
+        """All learning rates, from the next step on."""
+        if lr_factor != self.lr_factor:
+            self.lr_factor = lr_factor
+            for owned in self.movers:
+                owned.adam.rescale(lr_factor)
 
     def _parts(self, number: int) -> dict[str, Any]:
         """Everything with tensors that a step changes of one replica, by name."""
@@ -317,7 +333,8 @@ class _Loop:
         pending = [state.tensors["pending"].to(self.run.device) for state in states]
         self.pending = list(torch.stack(pending, dim=1))
         facts = states[0].facts
-        self.steps, self.fraction, self.lr_factor = facts["steps"], facts["fraction"], facts["lr_factor"]
+        self.steps, self.fraction = facts["steps"], facts["fraction"]
+        self._rescale(facts["lr_factor"])
 
     def _take_up(self, number: int, state: State) -> None:
         try:
@@ -347,4 +364,4 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     x = torch.randn(2, 2, generator=stream, device=device, dtype=dtype)
     weight = layer.weight.detach().view(1, -1)
     [gradient] = torch.autograd.grad(layer(x).sum(), [layer.weight])
-    Adam(weight, lambda flat: [flat], [Player("", (), lr=1e-3)]).step([gradient.view(1, -1)], 1.0, 1.0)
+    Adam(weight, lambda flat: [flat], [Player("", (), lr=1e-3)]).step([gradient.view(1, -1)], 1.0)

@@ -208,11 +208,7 @@ FORGETFUL = {
     "pending scalars": (
         "_Loop", "resume", "self.pending = list(torch.stack(pending, dim=1))", "pass",
     ),
-    "learning rate": (
-        "_Loop", "resume",
-        'self.steps, self.fraction, self.lr_factor = facts["steps"], facts["fraction"], facts["lr_factor"]',
-        'self.steps, self.fraction = facts["steps"], facts["fraction"]',
-    ),
+    "learning rate": ("_Loop", "resume", 'self._rescale(facts["lr_factor"])', "pass"),
     "further minibatches": (
         "Replica", "streams", "FURTHER: self.further_batches", '"unused": self.run.batches(self.view.train, 1)',
     ),

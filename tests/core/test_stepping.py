@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
 import harness
-from harness import stepping
+from harness import cuda_graph, stepping
 from harness.clock import Clock
 from harness.method import Budget, Fit, Run
 from harness.options import UserError
@@ -263,6 +263,79 @@ def test_records_say_what_was_asked_for_and_what_was_done(tmp_path: Path) -> Non
 def test_an_unknown_mode_is_named() -> None:
     with pytest.raises(UserError, match="step 'jit'"):
         harness.fit("vae", PROBLEM, step="jit")
+
+
+class Replayed:
+    """A CUDA graph's part on a CPU: what was captured is done anew, from the places that it read then."""
+
+    broken: ClassVar[bool] = False
+    replays: ClassVar[int] = 0
+    drawn_from: ClassVar[set[int]] = set()
+
+    def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
+        assert len({*map(id, generators)}) == len(generators)
+        self.generators = generators
+
+    def warm_up(self, function: Callable[[], Tensor]) -> Tensor:
+        return function()
+
+    def capture(self, function: Callable[[], Tensor]) -> Tensor:
+        if self.broken:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        self.function, self.objective = function, torch.empty(0, dtype=DOUBLE)
+        return self.objective
+
+    def replay(self) -> None:
+        Replayed.replays += 1
+        self.drawn_from.clear()
+        found = self.function()
+        assert self.drawn_from
+        assert self.drawn_from <= {*map(id, self.generators)}
+        self.objective.resize_(found.shape).copy_(found)
+
+
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> type[Replayed]:
+    monkeypatch.setattr(cuda_graph, "CAPTURED", ("cpu",))
+    monkeypatch.setattr(cuda_graph, "CUDAGraph", Replayed)
+    monkeypatch.setattr(Replayed, "replays", 0)
+    for name in ("rand", "randn"):
+        monkeypatch.setattr(torch, name, _watched(getattr(torch, name)))
+    return Replayed
+
+
+def _watched(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def drawing(*args: Any, generator: torch.Generator | None = None, **kwargs: Any) -> Tensor:
+        Replayed.drawn_from.add(id(generator))
+        return draw(*args, generator=generator, **kwargs)
+
+    return drawing
+
+
+@pytest.mark.parametrize("method", [METHODS[1], METHODS[3]], ids=lambda method: method.label)
+def test_whole_steps_read_what_changes_where_it_was_captured(method: GradientMethod, captured: type[Replayed]) -> None:
+    expected, several = fitted(method, "eager"), together(method, "eager")
+    (found, run), at_once = fitted(method, "graph"), together(method, "graph")
+    assert captured.replays == 2 * (50 - 1 - cuda_graph.WARM_UP_RUNS)
+    assert_equal(expected[0].state, found.state)
+    assert [(p.step, p.objective, p.validation) for p in run.curve] == [
+        (p.step, p.objective, p.validation) for p in expected[1].curve
+    ]
+    for eager, graph in zip(several, at_once, strict=True):
+        assert_equal(eager, graph)
+
+
+def test_a_step_that_cannot_be_captured_is_taken_as_it_is_written(
+    captured: type[Replayed], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(captured, "broken", True)
+    method = METHODS[3]
+    expected, _ = fitted(method, "eager")
+    with caplog.at_level(logging.WARNING):
+        found, _ = fitted(method, "graph")
+    assert "as they are written, not by graph: RuntimeError: operation not permitted" in caplog.text
+    assert (found.step_used, captured.replays) == ("eager", 0)
+    assert_equal(expected.state, found.state)
 
 
 @pytest.mark.gpu
