@@ -75,6 +75,7 @@ def work_for(connection: Connection, output: tuple[Connection, Connection], prep
         os.dup2(to_print.fileno(), stream)
     to_print.close()
     faulthandler.enable(file=2)
+    _no_semaphores()
     line, tasks = _Line(connection, end), _Tasks(connection)
     line.say("ready")
     work: Callable[[Any], None] | None = None
@@ -113,6 +114,15 @@ class _Tasks:
         os.kill(os.getpid(), signal.SIGTERM)  # a fit is kept first
         time.sleep(PATIENCE)
         os._exit(1)
+
+
+def _no_semaphores() -> None:
+    """Progress bars of others, torch's compiler among them, would lock by one of the system, which a killed process
+    leaves behind."""
+    with suppress(ImportError):
+        from tqdm import tqdm
+
+        tqdm.set_lock(threading.RLock())
 
 
 def _prepared(prepare: bytes, line: _Line) -> Callable[[Any], None]:

@@ -396,3 +396,25 @@ def test_a_script_of_the_user(tmp_path: Path, guarded: bool) -> None:
     else:
         assert ran.returncode
         assert "guard it by `if __name__ == '__main__':`" in ran.stderr
+
+
+BARS = """
+from harness.executors.workers import WorkerProcesses
+from harness.stopping import Stop
+from tqdm import tqdm
+
+def prepared(boss):
+    return lambda task: boss.tell("shown", tqdm(total=task, disable=False).total)
+
+if __name__ == "__main__":
+    WorkerProcesses(2).run(prepared, range(3), lambda *said: print(*said[1:]), print, Stop())
+"""
+
+
+def test_progress_bars_of_others_leave_nothing_behind(tmp_path: Path) -> None:
+    """As those of torch's compiler: Python told of leaked semaphores when it ended."""
+    path = tmp_path / "bars.py"
+    path.write_text(BARS)
+    ran = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=60)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert sorted(ran.stdout.splitlines()) == ["shown 0", "shown 1", "shown 2"]
