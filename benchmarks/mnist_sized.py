@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.turns import CPU
 from harness.annealing import Annealing, Forces, Kernels, force_precision, schedule
 from harness.clock import Clock
+from harness.cuda_graph import WARM_UP_STEPS
 from harness.memory import keep_freed
 from harness.method import Budget, Run
 from harness.model import LatentModel
@@ -97,7 +98,7 @@ class Looped:
         settings: dict[str, Any] = {"device": device, "clock": self.clock, "step": step, "precision": precision}
         fits = [begun(method, problem, seed=seed, **settings) for seed in seeds]
         self.steps = stepper([method] * len(fits), [view for view, _ in fits], [run for _, run in fits])
-        self(3)
+        self(2 + WARM_UP_STEPS)  # recorded, and captured where there is CUDA
 
     def __call__(self, count: int) -> None:
         for _ in range(count):

@@ -18,6 +18,8 @@ Noise = dict[str, Tensor]
 
 ALIGNED_ELEMENTS = 16  # 64 bytes of float32
 EPSILON = 1e-8  # of Adam
+CAPTURED = ("cuda",)
+"""Types of devices where a step may become a graph: what a step reads then stays where it is."""
 
 
 class Modules(nn.ModuleDict):
@@ -148,7 +150,8 @@ class Adam:
 
     def __init__(self, flat: Tensor, pieces: Callable[[Tensor], list[Tensor]], players: Sequence[Player]) -> None:
         self.moments = {name: torch.zeros_like(flat) for name in ("exp_avg", "exp_avg_sq")}
-        self.factor: float | Tensor = torch.ones((), device=flat.device) if flat.is_cuda else 1.0
+        in_place = flat.device.type in CAPTURED
+        self.factor: float | Tensor = torch.ones((), dtype=torch.float32, device=flat.device) if in_place else 1.0
         self.settings = [(player.lr, player.betas) for player in players]
         alike = len({*self.settings}) == 1
         blocks = [slice(None)] if alike else [slice(row, row + 1) for row in range(len(players))]
@@ -162,7 +165,7 @@ class Adam:
 
     def rescale(self, factor: float) -> None:
         """From now on every learning rate is that many times its player's."""
-        if isinstance(self.factor, Tensor):  # of a CUDA graph, which reads it where it is
+        if isinstance(self.factor, Tensor):  # a CUDA graph reads it where it is
             self.factor.fill_(factor)
         else:
             self.factor = factor

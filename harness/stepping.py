@@ -158,12 +158,25 @@ class Recorded(Gradients):
             return objective, _of(players, losses).detach(), *itertools.chain.from_iterable(gradients)
 
         inputs = [*self.together.tensors.values(), *_flat(drawn)]
-        program: Program = make_fx(step)(*inputs)
+        recording = make_fx(step)(*inputs)
+        _refuse_what_varies(recording, inputs[-1].device)
+        program: Program = recording
         if self.mode == "compile":
             with torch.no_grad(), warnings.catch_warnings():  # of the compiler's own code
                 warnings.simplefilter("ignore", DeprecationWarning)
                 program = cast(Program, torch._inductor.compile(cast(Any, program), [*inputs], options=COMPILER))
         return program
+
+
+def _refuse_what_varies(recording: torch.fx.GraphModule, device: torch.device) -> None:
+    """Raise if shapes depend on values, or if tensors are elsewhere: neither is the same when it is replayed."""
+    for node in recording.graph.nodes:
+        if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()):
+            raise RuntimeError(f"the shape of what {node.target} returns depends on values")
+        kept = getattr(recording, node.target) if node.op == "get_attr" else None
+        places = [kept.device] if isinstance(kept, Tensor) else [node.kwargs.get("device") or device]
+        if any(torch.device(place).type != device.type for place in places):
+            raise RuntimeError(f"{node.name} is a tensor that is not on the device, {device}")
 
 
 def gradients_by(step: str, together: Together) -> Gradients:

@@ -19,7 +19,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from harness.cuda_graph import whole
+from harness.cuda_graph import Indices, captured
 from harness.method import Diverged, Fit, Method, Run, State
 from harness.nn import count_parameters
 from harness.players import Adam, InPlace, Modules, Noise, Owned, Player
@@ -204,7 +204,7 @@ class _Loop:
         self.further = [owned for owned in self.movers for _ in range(owned.player.steps - 1)]
         self.together = Together(self.replicas, self.owned)
         self.gradients = gradients_by("eager" if self.method.one_by_one() else self.run.step, self.together)
-        self.updates = whole(self._updates, self.gradients, self.together)
+        self.captured = captured(self.gradients, self.together)
         self.check_every = (
             math.ceil(self.run.budget.amount / VALIDATION_CHECKS)
             if self.run.budget.unit == "steps"
@@ -233,7 +233,7 @@ class _Loop:
                 self._log(check)
                 if check:
                     with self.run.clock.paused():
-                        self.gradients.check()
+                        self._check()
                 done = done or self.run.converged() or all(replica.diverged for replica in self.replicas)
             if not done and self.run.checkpoint.due():
                 self._save()
@@ -245,14 +245,15 @@ class _Loop:
     def step(self) -> None:
         """All players at once from one shared forward pass, then the further steps of those that take more."""
         further = [self.together.indices(further=True) for _ in self.further]
-        self.pending.append(self.updates([self.together.indices(), *further]))
+        indices = [self.together.indices(), *further]
+        self.pending.append(self.captured(self._updates, indices) if self.captured else self._updates(indices))
 
-    def _updates(self, minibatches: Sequence[Sequence[Tensor]]) -> Tensor:
-        """A step from the indices of its minibatches, of all replicas each; the objective before it, (R,)."""
-        first, *further = minibatches
+    def _updates(self, indices: Indices) -> Tensor:
+        """A step on these minibatches; the objective before it, (R,)."""
+        first, *further = indices
         objective = self._move(self.movers, self.together.draw(first))
-        for owned, indices in zip(self.further, further, strict=True):
-            self._move([owned], self.together.draw(indices, further=True))
+        for owned, own in zip(self.further, further, strict=True):
+            self._move([owned], self.together.draw(own, further=True))
         return objective
 
     def _move(self, movers: Sequence[Owned], drawn: Drawn) -> Tensor:
@@ -268,6 +269,17 @@ class _Loop:
             self.lr_factor = lr_factor
             for owned in self.movers:
                 owned.adam.rescale(lr_factor)
+
+    def _check(self) -> None:
+        """See that steps are what the losses and players say, however they are taken.
+
+        Raises:
+            RuntimeError: If they are not.
+        """
+        self.gradients.check()
+        if self.captured:
+            parts = [self._parts(number) for number in range(len(self.replicas))]
+            self.captured.check(self._updates, [part for own in parts for part in own.values()])
 
     def _parts(self, number: int) -> dict[str, Any]:
         """Everything with tensors that a step changes of one replica, by name."""

@@ -118,6 +118,15 @@ def test_an_experiment_may_be_split_over_several_runs(run: Run) -> None:
     assert {"equal-steps", "equal-seconds"} <= {path.name for path in Path("here").iterdir()}
 
 
+def test_steps_are_taken_as_asked(run: Run) -> None:
+    words = ["reproduce", "tiny-toy[steps=5]", "--scale", "smoke", *PLUGIN, "--seeds", "1", "--out", "here"]
+    code, _, err = run(*words, "--step", "jit")
+    assert (code, err) == (2, "harness: error: unknown step 'jit'; known: auto, compile, eager, graph\n")
+    code, _, _ = run(*words, "--step", "graph")
+    assert code == 0
+    assert set(Store("here/equal-steps").records()["step_mode"]) == {"graph"}
+
+
 def test_settings_are_not_chosen_on_the_seeds_that_are_compared(run: Run) -> None:
     code, out, err = run("reproduce", "avb-toy", "--scale", "smoke", "--seeds", "0,100")
     assert (code, out) == (2, "")

@@ -9,23 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import harness
-from harness import cuda_graph, stepping
+from harness import cuda_graph, players, stepping
 from harness.clock import Clock
 from harness.method import Budget, Fit, Run
 from harness.options import UserError
 from harness.players import Modules, Noise
-from harness.problem import TrainingView, placed
+from harness.problem import DatasetSpec, Problem, TrainingView, placed
 from harness.seeding import Streams
 from harness.testing import SmallPosteriorProblem, SmallProblem
 from harness.training import GradientMethod, fit_together
 from harness_plugins.avb import AVB
 from harness_plugins.avb_ac import AVBAC
 from harness_plugins.iaf import IAF
+from harness_plugins.ml_quadrature import MLQuadrature
 from harness_plugins.vae import VAE
 
 CPU, DOUBLE = torch.device("cpu"), torch.float64
@@ -56,6 +60,7 @@ METHODS = [
     AVBAC(batch_size=16, noise_dim=3, kl_warmup=0.5),
     AVBAC(batch_size=16, noise_dim=3, covariance="full", gaussian_part=True, adversary_steps=2),
     AVBAC(batch_size=16, noise_dim=3, encoder="injected", covariance="full"),
+    MLQuadrature(batch_size=16, points=16),
 ]
 
 
@@ -70,19 +75,21 @@ def run_of(
 
 def fitted(
     method: GradientMethod, step: str, budget: str = "steps=50", dtype: torch.dtype = DOUBLE,
-    device: torch.device = CPU,
+    device: torch.device = CPU, problem: Problem = PROBLEM,
 ) -> tuple[Fit, Run]:  # fmt: skip
     run = run_of(method, step, budget, dtype, device)
-    view = PROBLEM.training_view(placed(PROBLEM, device, run.dtype), run.streams)
+    view = problem.training_view(placed(problem, device, run.dtype), run.streams)
     with run.clock.phase("fit"), run.streams.initial_weights(shared=False):
         return method.fit(view, run), run
 
 
-def together(method: GradientMethod, step: str, budget: str = "steps=50") -> list[Mapping[str, Tensor]]:
-    runs = [run_of(method, step, budget, DOUBLE, CPU, seed) for seed in (0, 1, 7)]
+def together(
+    method: GradientMethod, step: str, budget: str = "steps=50", device: torch.device = CPU
+) -> list[Mapping[str, Tensor]]:
+    runs = [run_of(method, step, budget, DOUBLE, device, seed) for seed in (0, 1, 7)]
     for run in runs:
         run.clock = runs[0].clock
-    views = [PROBLEM.training_view(placed(PROBLEM, CPU, DOUBLE), run.streams) for run in runs]
+    views = [PROBLEM.training_view(placed(PROBLEM, device, DOUBLE), run.streams) for run in runs]
     with runs[0].clock.phase("fit"):
         fits = fit_together([method] * 3, views, runs)
     found = [fit for fit in fits if isinstance(fit, Fit)]
@@ -188,8 +195,21 @@ class Branching(VAE):
         return {name: loss if float(loss) > 4.0 else 2 * loss for name, loss in losses.items()}
 
 
-def test_what_cannot_be_recorded_is_taken_as_it_is_written(caplog: pytest.LogCaptureFixture) -> None:
-    method = Branching(batch_size=16)
+@dataclass(frozen=True, kw_only=True)
+class Choosing(VAE):
+    """Its loss is of some observations, and how many these are depends on their values."""
+
+    name: str = "choosing"
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        chosen = noise["eps"][:, 0] > 0
+        return super().losses(modules, x[chosen], {"eps": noise["eps"][chosen]})
+
+
+@pytest.mark.parametrize("method", [Branching(batch_size=16), Choosing(batch_size=16)], ids=lambda method: method.name)
+def test_what_cannot_be_recorded_is_taken_as_it_is_written(
+    method: GradientMethod, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.WARNING, logger="harness"):
         fit, _ = fitted(method, "graph")
     assert fit.step_used == "eager"
@@ -266,15 +286,15 @@ def test_an_unknown_mode_is_named() -> None:
 
 
 class Replayed:
-    """A CUDA graph's part on a CPU: what was captured is done anew, from the places that it read then."""
+    """A CUDA graph's part on a CPU: a step is recorded operation by operation while it is taken, and then done again on
+    the same memory: what Python has decided stays as it was."""
 
     broken: ClassVar[bool] = False
     replays: ClassVar[int] = 0
-    drawn_from: ClassVar[set[int]] = set()
 
     def __init__(self, device: torch.device, generators: Sequence[torch.Generator]) -> None:
-        assert len({*map(id, generators)}) == len(generators)
-        self.generators = generators
+        self.seeds = {generator.initial_seed() for generator in generators}
+        self.done: list[tuple[Callable[..., Any], Any, Any, Any]] = []
 
     def warm_up(self, function: Callable[[], Tensor]) -> Tensor:
         return function()
@@ -282,60 +302,85 @@ class Replayed:
     def capture(self, function: Callable[[], Tensor]) -> Tensor:
         if self.broken:
             raise RuntimeError("operation not permitted when stream is capturing")
-        self.function, self.objective = function, torch.empty(0, dtype=DOUBLE)
-        return self.objective
+        with Operations(self.done):
+            returned = function()
+        self.taken = True
+        return returned
 
+    @torch.no_grad()
     def replay(self) -> None:
+        if self.taken:  # a capture takes no step, here it has
+            self.taken = False
+            return
         Replayed.replays += 1
-        self.drawn_from.clear()
-        found = self.function()
-        assert self.drawn_from
-        assert self.drawn_from <= {*map(id, self.generators)}
-        self.objective.resize_(found.shape).copy_(found)
+        for operation, args, kwargs, returned in self.done:
+            assert "generator" not in kwargs or kwargs["generator"].initial_seed() in self.seeds
+            fresh = operation(*args, **kwargs)
+            for old, new in zip(tree_leaves(returned), tree_leaves(fresh), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Operations(TorchDispatchMode):
+    """Keeps what is done: operations, what they read and what they returned."""
+
+    def __init__(self, done: list[tuple[Callable[..., Any], Any, Any, Any]]) -> None:
+        super().__init__()
+        self.done = done
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = func(*args, **(kwargs or {}))
+        self.done.append((func, args, kwargs or {}, returned))
+        return returned
 
 
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> type[Replayed]:
-    monkeypatch.setattr(cuda_graph, "CAPTURED", ("cpu",))
-    monkeypatch.setattr(cuda_graph, "CUDAGraph", Replayed)
+    monkeypatch.setattr(players, "CAPTURED", ("cpu",))
+    monkeypatch.setattr(cuda_graph, "Graph", Replayed)
     monkeypatch.setattr(Replayed, "replays", 0)
-    for name in ("rand", "randn"):
-        monkeypatch.setattr(torch, name, _watched(getattr(torch, name)))
     return Replayed
 
 
-def _watched(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def drawing(*args: Any, generator: torch.Generator | None = None, **kwargs: Any) -> Tensor:
-        Replayed.drawn_from.add(id(generator))
-        return draw(*args, generator=generator, **kwargs)
+@dataclass(frozen=True, kw_only=True)
+class Grey(SmallProblem):
+    """Grey images that are binarised at every read, so that this is drawn too."""
 
-    return drawing
+    name: str = "grey"
+
+    def dataset(self) -> DatasetSpec:
+        pixels = np.random.default_rng(0).integers(0, 256, size=(40, 2, 3), dtype=np.uint8)
+        return DatasetSpec(self.name, pixels[:24], pixels[24:32], pixels[32:], levels=255, binarisation="dynamic")
 
 
-@pytest.mark.parametrize("method", [METHODS[1], METHODS[3]], ids=lambda method: method.label)
-def test_whole_steps_read_what_changes_where_it_was_captured(method: GradientMethod, captured: type[Replayed]) -> None:
-    expected, several = fitted(method, "eager"), together(method, "eager")
-    (found, run), at_once = fitted(method, "graph"), together(method, "graph")
-    assert captured.replays == 2 * (50 - 1 - cuda_graph.WARM_UP_RUNS)
-    assert_equal(expected[0].state, found.state)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
+def test_whole_steps_by_a_graph(method: GradientMethod, captured: type[Replayed]) -> None:
+    """With everything that changes from step to step: data, noise, learning rates, schedules, buffers."""
+    (expected, run), several = fitted(method, "eager", problem=Grey()), together(method, "eager")
+    assert captured.replays == 0
+    (found, other), at_once = fitted(method, "graph", problem=Grey()), together(method, "graph")
+    before = 1 + cuda_graph.WARM_UP_STEPS + 1  # one records, and capturing takes one here
+    checks = [point.step for point in other.curve if point.validation is not None and point.step >= before]
+    assert captured.replays == 2 * (50 - before + len(checks))
+    assert_equal(expected.state, found.state)
     assert [(p.step, p.objective, p.validation) for p in run.curve] == [
-        (p.step, p.objective, p.validation) for p in expected[1].curve
+        (p.step, p.objective, p.validation) for p in other.curve
     ]
     for eager, graph in zip(several, at_once, strict=True):
         assert_equal(eager, graph)
 
 
-def test_a_step_that_cannot_be_captured_is_taken_as_it_is_written(
-    captured: type[Replayed], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_step_that_cannot_be_captured_is_an_error(captured: type[Replayed], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captured, "broken", True)
-    method = METHODS[3]
-    expected, _ = fitted(method, "eager")
-    with caplog.at_level(logging.WARNING):
-        found, _ = fitted(method, "graph")
-    assert "as they are written, not by graph: RuntimeError: operation not permitted" in caplog.text
-    assert (found.step_used, captured.replays) == ("eager", 0)
-    assert_equal(expected.state, found.state)
+    with pytest.raises(RuntimeError, match=r"cannot become a CUDA graph .operation not permitted.* --step eager does"):
+        fitted(METHODS[3], "graph")
+
+
+def test_a_graph_is_held_against_steps(captured: type[Replayed], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a learning rate stays what it was when the step was captured."""
+    monkeypatch.setattr(players.Adam, "rescale", lambda self, factor: setattr(self, "factor", factor))
+    with pytest.raises(RuntimeError, match=r"flat is .* after a step and .* by its CUDA graph"):
+        fitted(VAE(batch_size=16, lr_decay=1e-4), "graph")
 
 
 @pytest.mark.gpu
@@ -343,8 +388,13 @@ def test_a_step_that_cannot_be_captured_is_taken_as_it_is_written(
 @pytest.mark.parametrize("mode", ["graph", "compile"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
 def test_on_cuda_too(method: GradientMethod, mode: str) -> None:
-    """In float64 over 200 steps; sums on the device have no fixed order."""
+    """In float64 over 200 steps, one seed and several; sums on the device have no fixed order."""
     device = torch.device("cuda")
-    (eager, _), (recorded, _) = (fitted(method, step, "steps=200", device=device) for step in ("eager", mode))
+    (eager, _), (recorded, _) = (
+        fitted(method, step, "steps=200", device=device, problem=Grey()) for step in ("eager", mode)
+    )
     assert recorded.step_used == mode
     assert_close(eager.state, recorded.state, 1e-8)
+    several = (together(method, step, "steps=200", device) for step in ("eager", mode))
+    for one, other in zip(*several, strict=True):
+        assert_close(one, other, 1e-8)
