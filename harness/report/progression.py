@@ -21,6 +21,7 @@ from harness.report.reproduced import Results
 from harness.statistics import Row
 
 COLUMNS = ["curve", "place", "level", "seed", "steps", "seconds", "value", "floor"]
+AXES = {"steps": "training steps", "seconds": "seconds of training (validation apart)"}
 LEVEL_STYLES = ("--", ":", "-.")
 MOST_TICKS = 8  # numbers of steps that are labelled each
 SMALLEST = 1e-3  # nats; what is nearer to zero is drawn as zero
@@ -60,19 +61,21 @@ def _by_seed(rows: Sequence[Row]) -> dict[int, list[Row]]:
 
 
 def progression(picture: Progression, found: pd.DataFrame) -> Figure | None:
-    """Mean over seeds, and a small dot for each seed."""
-    if found.empty:
+    """Mean over seeds, and a small dot for each seed; no seconds where those of no fit are valid."""
+    known = [column for column in AXES if found.loc[~found["level"].astype(bool), column].gt(0).any()]
+    if not known:
         return None
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(1.5 + 3.75 * len(known), 4.2), layout="constrained")
+    panels = figure.subplots(1, len(known), sharey=True, squeeze=False)[0]
     colour = colours_of(list(found["curve"]))
-    for axes, column in zip(panels, ("steps", "seconds"), strict=True):
+    for axes, column in zip(panels, known, strict=True):
         _draw_progression(axes, found, column, colour)
-        axes.set_xlabel({"steps": "training steps", "seconds": "seconds of training (validation apart)"}[column])
+        axes.set_xlabel(AXES[column])
     panels[0].set_ylabel(picture.axis)
     _scale(panels, found)
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=min(4, len(labels)), frameon=False, fontsize=9)
+    columns = min(2 * len(known), len(labels))
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns, frameon=False, fontsize=9)
     return figure
 
 

@@ -235,8 +235,9 @@ ABOUT = (
 )
 FLOOR = "Each line is a fit of its own, trained from the start for that many steps."
 TRAINING = (
-    "KL to the exact posterior against training steps and against seconds; every point is a fit of its own that was "
-    "trained for that long, large: mean over seeds, small: seeds. Level lines: other methods, at their own budgets."
+    "KL to the exact posterior against training steps and, where fits ran one at a time, against seconds; every point "
+    "is a fit of its own that was trained for that long, large: mean over seeds, small: seeds. Level lines: other "
+    "methods, at their own budgets."
 )
 MARGINALS = (
     "Draws of the first seed of each method over the exact density (contour lines around 50 % and 90 % of it). The "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -445,10 +446,19 @@ def test_a_progression_shows_all_values_whatever_their_sign(lowest: float, floor
 
 
 def test_seconds_that_are_not_valid_are_not_drawn() -> None:
-    found = trained({("avb", 100): 1.0})
+    """As those of fits that ran beside others."""
+    found = trained({("avb", 100): 1.0, ("avb", 200): 0.3})
     for ran in found.ran.values():
         ran.records["timing_valid"] = False
-    assert points(progression_of(found), found)["seconds"].isna().all()
+    table = points(progression_of(found), found)
+    assert table["seconds"].isna().all()
+    figure = progression(progression_of(found), table)
+    assert figure is not None
+    [steps] = figure.axes
+    assert steps.get_xlabel() == "training steps"
+    figure.savefig(io.BytesIO())
+    nothing = table.iloc[:0]
+    assert progression(progression_of(found), nothing) is None
 
 
 def planes(shares: Sequence[float]) -> dict[str, dict[str, np.ndarray]]:
