@@ -16,6 +16,7 @@ from harness import (
     cuda_graph,
     estimators,
     evaluator,
+    loop,
     method,
     minibatches,
     model,
@@ -53,6 +54,7 @@ _FIT_SOURCES = (
     replicas,
     stepping,
     cuda_graph,
+    loop,
     training,
 )
 VECTORISED = "vectorised"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from harness import training
+from harness import loop, training
 from harness.checkpoint import StoredCheckpoint
 from harness.clock import Clock
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
@@ -74,7 +74,7 @@ def _fitted(jobs: Sequence[Job], runs: Sequence[Run]) -> list[Fit | Diverged]:
         if reason:
             raise Skipped(reason)
         with clock.phase("warm-up"):
-            training.warm_up(first.device, first.dtype)
+            loop.warm_up(first.device, first.dtype)
         with clock.phase("fit"):
             if len(jobs) == 1:
                 with runs[0].streams.initial_weights(shared=False):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import checkpoint, minibatches, players, replicas, training
+from harness import checkpoint, loop, minibatches, players, replicas
 from harness import clock as clock_module
 from harness.checkpoint import StoredCheckpoint
 from harness.clock import Clock
@@ -77,7 +77,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     seconds = [0.0]
     monkeypatch.setattr(clock_module.time, "perf_counter", lambda: seconds[0])
     for name, value in {"VALIDATION_CHECKS": 3, "LOG_EVERY": 4, "CONVERGENCE_CHECK_STEPS": 5, "CLOCK_EVERY": 3}.items():
-        monkeypatch.setattr(training, name, value)
+        monkeypatch.setattr(loop, name, value)
     return seconds
 
 
@@ -203,12 +203,12 @@ FORGETFUL = {
         'stream.set_state(state[name]) if name == "eps" else None',
     ),
     "buffers": (
-        "_Loop", "_parts", '"buffers": InPlace(dict(replica.modules.named_buffers()))', '"buffers": InPlace({})',
+        "Loop", "_parts", '"buffers": InPlace(dict(replica.modules.named_buffers()))', '"buffers": InPlace({})',
     ),
     "pending scalars": (
-        "_Loop", "resume", "self.pending = list(torch.stack(pending, dim=1))", "pass",
+        "Loop", "resume", "self.pending = list(torch.stack(pending, dim=1))", "pass",
     ),
-    "learning rate": ("_Loop", "resume", 'self._rescale(facts["lr_factor"])', "pass"),
+    "learning rate": ("Loop", "resume", 'self._rescale(facts["lr_factor"])', "pass"),
     "further minibatches": (
         "Replica", "streams", "FURTHER: self.further_batches", '"unused": self.run.batches(self.view.train, 1)',
     ),
@@ -228,7 +228,7 @@ def test_a_resumption_that_forgets_something_is_noticed(
     forgotten: str, mutated: Callable[..., ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     owner, method, text, by = FORGETFUL[forgotten]
-    modules = {"Minibatches": minibatches, "StoredCheckpoint": checkpoint, "_Loop": training, "Replica": replicas}
+    modules = {"Minibatches": minibatches, "StoredCheckpoint": checkpoint, "Loop": loop, "Replica": replicas}
     module = modules.get(owner, players)
     forgetful = mutated(module, text, by)
     monkeypatch.setattr(getattr(module, owner), method, getattr(getattr(forgetful, owner), method))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from harness import clock as clock_module
-from harness import training
+from harness import loop
 from harness.clock import Clock
 from harness.method import Budget, CurvePoint, Diverged, Fit, Run
 from harness.minibatches import Minibatches
@@ -141,8 +141,8 @@ def test_further_steps_leave_the_shared_minibatches_alone() -> None:
         read = run.batches
 
         class Watched(Minibatches):
-            def __next__(self) -> Tensor:
-                seen.append(super().__next__())
+            def read(self, indices: Tensor) -> Tensor:
+                seen.append(super().read(indices))
                 return seen[-1]
 
         def watched(split: Split, batch_size: int, purpose: str = "minibatches") -> Minibatches:
@@ -183,8 +183,8 @@ class Scheduled(VAE):
 
 def test_a_schedule_knows_the_part_of_the_budget_that_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
     """Before step k of n it is (k - 1)/n, whatever the budget counts; never known while convergence decides."""
-    monkeypatch.setattr(training, "LOG_EVERY", 1)
-    monkeypatch.setattr(training, "CONVERGENCE_CHECK_STEPS", 2)
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    monkeypatch.setattr(loop, "CONVERGENCE_CHECK_STEPS", 2)
     for budget in ("steps=5", "examples=40"):
         _, plain = fitted(VAE(batch_size=8), budget)
         _, run = fitted(Scheduled(batch_size=8), budget)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import harness
-from harness import adaptive_contrast, training
+from harness import adaptive_contrast, loop
 from harness.adaptive_contrast import (
     Auxiliary,
     BasisEncoder,
@@ -422,7 +422,7 @@ def test_the_weight_of_the_kl_term_grows_in_training_only(generator: torch.Gener
 
 def test_a_warm_up_is_part_of_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = SmallProblem()
-    monkeypatch.setattr(training, "CONVERGENCE_CHECK_STEPS", 2)
+    monkeypatch.setattr(loop, "CONVERGENCE_CHECK_STEPS", 2)
 
     def state(method: AVBAC, budget: str) -> dict[str, Tensor]:
         return dict(harness.fit(method, problem, budget=budget, device="cpu").state)
