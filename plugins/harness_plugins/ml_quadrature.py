@@ -31,6 +31,7 @@ from harness.training import GradientMethod, Modules, Noise, Player
 
 FINER = 4  # cells of the posterior to one of training, along an axis
 CELLS = 4096  # decoded at once
+NEGLIGIBLE = 30.0  # nats below the largest: smaller weights would end as denormal numbers, which are slow
 PAIRS = 2**23  # of cells and observations at once
 
 
@@ -123,7 +124,9 @@ class MLQuadrature(GradientMethod):
         lattice = modules["lattice"]
         # One for all observations, so that they share the decoder's outputs.
         shift = (torch.special.ndtr(noise["shift"][0]) - 0.5) * lattice.side
-        return {"negative_log_likelihood": -lattice.log_masses(modules["model"], x, shift).logsumexp(0).mean()}
+        log_masses = lattice.log_masses(modules["model"], x, shift)
+        relevant = torch.maximum(log_masses, log_masses.detach().amax(0) - NEGLIGIBLE)
+        return {"negative_log_likelihood": -relevant.logsumexp(0).mean()}
 
     def posterior(self, modules: Modules) -> Posterior:
         model, centres = modules["model"], modules["lattice"].centres
