@@ -6,13 +6,14 @@ import random
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.seeding import Streams, derive, drawing_from, isolated, seeded
+from harness.seeding import Streams, derive, drawing_from, flushed, isolated, seeded
 
 CPU = torch.device("cpu")
 
@@ -186,3 +187,24 @@ def test_a_library_draws_from_the_generator_that_is_handed_in(generator: torch.G
         assert drawn() == second
     torch.set_rng_state(torch.tensor(before[0], dtype=torch.uint8))  # type: ignore[arg-type]
     assert process_state() == before
+
+
+def subnormal() -> bool:
+    """Whether such numbers are told from zero here."""
+    return bool(torch.tensor(1e-40) * 0.5 != 0)
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="the processor cannot flush denormal numbers")
+@pytest.mark.parametrize("before", [True, False])
+def test_a_job_flushes_denormal_numbers_and_leaves_the_process_as_it_was(before: bool) -> None:
+    torch.set_flush_denormal(before)
+    try:
+        with suppress(KeyError), isolated(1):
+            assert not subnormal()
+            with flushed():
+                assert not subnormal()
+            assert not subnormal()
+            raise KeyError
+        assert subnormal() == (not before)
+    finally:
+        torch.set_flush_denormal(False)
