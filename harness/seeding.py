@@ -121,9 +121,9 @@ def isolated(seed: int) -> Iterator[None]:
 def flushed() -> Iterator[None]:
     """Count numbers below 1e-38 (float32) as zero in this thread, and in those that torch makes meanwhile.
 
-    With them an operation takes a hundred times as long: a decoder that has learnt which pixels are always black passes
-    ever smaller gradients, and without this a fit becomes slower as it goes on. Where the processor cannot do so,
-    nothing changes.
+    With them operations take many times as long: a decoder that has learnt which pixels are always black passes ever
+    smaller gradients, and without this a fit becomes slower as it goes on. Where the processor cannot do so, nothing
+    changes.
     """
     before = float(torch.tensor(_SUBNORMAL, dtype=torch.float64) * 1.0) == 0.0
     torch.set_flush_denormal(True)

@@ -113,18 +113,14 @@ class Recorded(Gradients):
             except torch.OutOfMemoryError:  # pyright: ignore[reportPrivateImportUsage]
                 raise
             except Exception as error:  # of the recorder or the compiler, or of the losses: then it comes again
-                self.give_up(error)
+                log.warning("steps are taken as they are written, not by %s: %s", self.mode, _first_line(error))
+                self.broken, self.used = True, "eager"
                 return self.eager(movers, drawn)
             self.used = self.mode
         self.last[names] = drawn
         objective, _, *pieces = self._replayed(names, drawn)
         rest = iter(pieces)
         return objective, [[*itertools.islice(rest, owned.pieces)] for owned in movers]
-
-    def give_up(self, error: Exception) -> None:
-        """From now on as they are written."""
-        log.warning("steps are taken as they are written, not by %s: %s", self.mode, _first_line(error))
-        self.broken, self.used = True, "eager"
 
     def check(self) -> None:
         for names, drawn in self.last.items() if not self.broken else ():

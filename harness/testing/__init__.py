@@ -16,11 +16,12 @@ from harness.testing.laws import ConformanceError, check_options
 from harness.testing.methods import check_method
 from harness.testing.posteriors import check_posterior
 from harness.testing.problems import check_dataset, check_problem
-from harness.testing.small import SmallGaussianProblem, SmallPosteriorProblem, SmallProblem
+from harness.testing.small import SmallGaussianProblem, SmallGreyProblem, SmallPosteriorProblem, SmallProblem
 
 __all__ = [
     "ConformanceError",
     "SmallGaussianProblem",
+    "SmallGreyProblem",
     "SmallPosteriorProblem",
     "SmallProblem",
     "check_dataset",

@@ -48,6 +48,17 @@ class SmallProblem(Problem):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SmallGreyProblem(SmallProblem):
+    """The same networks for grey images, which are binarised afresh at every read."""
+
+    name: str = "small-grey"
+
+    def dataset(self) -> DatasetSpec:
+        pixels = np.random.default_rng(0).integers(0, 256, size=(40, 2, 3), dtype=np.uint8)
+        return DatasetSpec(self.name, pixels[:24], pixels[24:32], pixels[32:], levels=255, binarisation="dynamic")
+
+
 class TwoModes(StandardNormalPrior):
     r"""A fixed model whose posterior is a mixture of two Gaussians: all that can be known of a model is known of it.
 

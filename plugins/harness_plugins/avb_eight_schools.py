@@ -263,7 +263,8 @@ REMARKS = [
         "or 512 draws, an adversary that learns two or four times as fast as the encoder and takes two or four steps, "
         "learning rates that fall to a tenth or a hundredth, and likelihoods whose weight grows. With 128 draws, twice "
         "the rate and a tenth, as this report had it before, most of one mode was lost. What helped was the change of "
-        "these three together. Of the Gaussian families only the number of draws was changed."
+        "these three together; the four rates of both forms of AVB were set then too. Of the Gaussian families only "
+        "the number of draws was changed."
     ),
 ]
 SMALLER = (

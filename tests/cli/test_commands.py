@@ -213,7 +213,7 @@ def test_list_is_readable_in_a_narrow_terminal(run: Run, monkeypatch: pytest.Mon
     lines = run("list", "methods")[1].splitlines()
     assert max(map(len, lines)) <= 60
     assert lines[0].split() == ["name", "what", "plugin"]
-    assert any(re.match(r"avb +Adversarial\b", line) for line in lines)
+    assert any(re.match(r"avb +Adversarial variational", line) for line in lines)
 
 
 def test_list_tells_options_and_provenance(run: Run) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,11 +17,11 @@ from harness import clock as clock_module
 from harness.checkpoint import StoredCheckpoint
 from harness.clock import Clock
 from harness.method import Budget, Fit, Run
-from harness.problem import DatasetSpec, TrainingView, placed
+from harness.problem import TrainingView, placed
 from harness.seeding import Streams
 from harness.stopping import Stop, Stopped
 from harness.store import Store
-from harness.testing import SmallProblem
+from harness.testing import SmallGreyProblem
 from harness.training import GradientMethod, Modules, Noise
 from harness_plugins.avb import AVB
 from harness_plugins.avb_ac import AVBAC
@@ -30,17 +29,6 @@ from harness_plugins.iaf import IAF
 from harness_plugins.vae import VAE
 
 CPU, DOUBLE = torch.device("cpu"), torch.float64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Grey(SmallProblem):
-    """Grey images that are binarised at every read, so that there is a stream of binarisation."""
-
-    name: str = "grey"
-
-    def dataset(self) -> DatasetSpec:
-        pixels = np.random.default_rng(0).integers(0, 256, size=(40, 2, 3), dtype=np.uint8)
-        return DatasetSpec(self.name, pixels[:24], pixels[24:32], pixels[32:], levels=255, binarisation="dynamic")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +72,7 @@ def now(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 def part(store: Store, method: GradientMethod, budget: str, stop: Stop, step: str = "auto") -> tuple[Fit, Run]:
     """One run of a fit, by objects that know nothing of an earlier one."""
     own = Streams(0, "grey", method.name, CPU)
-    view = Grey().training_view(placed(Grey(), CPU, DOUBLE), own)
+    view = SmallGreyProblem().training_view(placed(SmallGreyProblem(), CPU, DOUBLE), own)
     run = Run(CPU, DOUBLE, Budget.parse(budget), own, Clock(CPU), step=step)
     run.checkpoint = StoredCheckpoint(run, store, "job", {}, stop)
     with run.clock.phase("fit"), own.initial_weights(shared=False):

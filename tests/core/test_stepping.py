@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,14 +21,14 @@ from harness.clock import Clock
 from harness.method import Budget, Fit, Run
 from harness.options import UserError
 from harness.players import Modules, Noise
-from harness.problem import DatasetSpec, Problem, TrainingView, placed
+from harness.problem import Problem, TrainingView, placed
 from harness.seeding import Streams
-from harness.testing import SmallPosteriorProblem, SmallProblem
+from harness.testing import SmallGreyProblem, SmallPosteriorProblem, SmallProblem
 from harness.training import GradientMethod, fit_together
 from harness_plugins.avb import AVB
 from harness_plugins.avb_ac import AVBAC
 from harness_plugins.iaf import IAF
-from harness_plugins.ml_quadrature import MLQuadrature
+from harness_plugins.quadrature import Quadrature
 from harness_plugins.vae import VAE
 
 CPU, DOUBLE = torch.device("cpu"), torch.float64
@@ -60,7 +59,7 @@ METHODS = [
     AVBAC(batch_size=16, noise_dim=3, kl_warmup=0.5),
     AVBAC(batch_size=16, noise_dim=3, covariance="full", gaussian_part=True, adversary_steps=2),
     AVBAC(batch_size=16, noise_dim=3, encoder="injected", covariance="full"),
-    MLQuadrature(batch_size=16, points=16),
+    Quadrature(batch_size=16, points=16),
 ]
 
 
@@ -342,23 +341,12 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> type[Replayed]:
     return Replayed
 
 
-@dataclass(frozen=True, kw_only=True)
-class Grey(SmallProblem):
-    """Grey images that are binarised at every read, so that this is drawn too."""
-
-    name: str = "grey"
-
-    def dataset(self) -> DatasetSpec:
-        pixels = np.random.default_rng(0).integers(0, 256, size=(40, 2, 3), dtype=np.uint8)
-        return DatasetSpec(self.name, pixels[:24], pixels[24:32], pixels[32:], levels=255, binarisation="dynamic")
-
-
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.label)
 def test_whole_steps_by_a_graph(method: GradientMethod, captured: type[Replayed]) -> None:
     """With everything that changes from step to step: data, noise, learning rates, schedules, buffers."""
-    (expected, run), several = fitted(method, "eager", problem=Grey()), together(method, "eager")
+    (expected, run), several = fitted(method, "eager", problem=SmallGreyProblem()), together(method, "eager")
     assert captured.replays == 0
-    (found, other), at_once = fitted(method, "graph", problem=Grey()), together(method, "graph")
+    (found, other), at_once = fitted(method, "graph", problem=SmallGreyProblem()), together(method, "graph")
     before = 1 + cuda_graph.WARM_UP_STEPS + 1  # one records, and capturing takes one here
     checks = [point.step for point in other.curve if point.validation is not None and point.step >= before]
     assert captured.replays == 2 * (50 - before + len(checks))
@@ -391,7 +379,7 @@ def test_on_cuda_too(method: GradientMethod, mode: str) -> None:
     """In float64 over 200 steps, one seed and several; sums on the device have no fixed order."""
     device = torch.device("cuda")
     (eager, _), (recorded, _) = (
-        fitted(method, step, "steps=200", device=device, problem=Grey()) for step in ("eager", mode)
+        fitted(method, step, "steps=200", device=device, problem=SmallGreyProblem()) for step in ("eager", mode)
     )
     assert recorded.step_used == mode
     assert_close(eager.state, recorded.state, 1e-8)

@@ -87,7 +87,7 @@ class LatticePosterior(Posterior):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MLQuadrature(GradientMethod):
+class Quadrature(GradientMethod):
     """Maximum likelihood by quadrature, and the posterior of the learnt model, on a grid.
 
     Args:
@@ -99,7 +99,7 @@ class MLQuadrature(GradientMethod):
 
     per_replica: ClassVar[frozenset[str]] = frozenset({"lr"})
 
-    name: str = "ml-quadrature"
+    name: str = "quadrature"
     points: Annotated[int, Field(ge=8, le=512)] = 64
     half_width: Annotated[float, Field(ge=3, allow_inf_nan=False)] = 5.0
     lr: PositiveFloat = 3e-3
@@ -135,5 +135,5 @@ class MLQuadrature(GradientMethod):
 
 
 @hookimpl
-def harness_methods() -> list[MLQuadrature]:
-    return [MLQuadrature()]
+def harness_methods() -> list[Quadrature]:
+    return [Quadrature()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,13 +16,13 @@ from harness.testing.small import view_of
 from harness_plugins.exact import quadrature
 from harness_plugins.four_points import FourPoints
 from harness_plugins.funnel import Funnel
-from harness_plugins.ml_quadrature import Lattice, LatticePosterior, MLQuadrature
+from harness_plugins.quadrature import Lattice, LatticePosterior, Quadrature
 from harness_plugins.vae import VAE
 
 DOUBLE = torch.float64
 
 
-def built(method: MLQuadrature, latent_dim: int) -> tuple[Modules, Tensor]:
+def built(method: Quadrature, latent_dim: int) -> tuple[Modules, Tensor]:
     view = view_of(SmallProblem(latent_dim=latent_dim))
     with torch.no_grad():
         for parameter in view.model.parameters():
@@ -28,14 +30,14 @@ def built(method: MLQuadrature, latent_dim: int) -> tuple[Modules, Tensor]:
     return method.build(view).double(), view.validation.double()
 
 
-def loss(method: MLQuadrature, modules: Modules, x: Tensor, shift: list[float]) -> Tensor:
+def loss(method: Quadrature, modules: Modules, x: Tensor, shift: list[float]) -> Tensor:
     noise = {"shift": torch.tensor([shift] * len(x), dtype=DOUBLE)}
     return method.losses(modules, x, noise)["negative_log_likelihood"]
 
 
 @pytest.mark.parametrize("latent_dim", [1, 2])
 def test_the_objective_is_the_exact_log_likelihood_wherever_the_lattice_is(latent_dim: int) -> None:
-    method = MLQuadrature(points=64, half_width=7.0)
+    method = Quadrature(points=64, half_width=7.0)
     modules, x = built(method, latent_dim)
     expected, _ = quadrature(modules["model"], x)
     for shift in (-4.0, -0.3, 0.0, 1.7):
@@ -45,7 +47,7 @@ def test_the_objective_is_the_exact_log_likelihood_wherever_the_lattice_is(laten
 
 def test_shifts_fill_a_cell() -> None:
     """A sum over few cells is far from the integral; over uniform shifts, their mean is not."""
-    method = MLQuadrature(points=8, half_width=8.0)
+    method = Quadrature(points=8, half_width=8.0)
     modules, x = built(method, 1)
     model, lattice = modules["model"], modules["lattice"]
     for parameter in model.parameters():
@@ -61,7 +63,7 @@ def test_shifts_fill_a_cell() -> None:
 
 @pytest.mark.parametrize("latent_dim", [1, 2])
 def test_the_posterior_is_that_of_the_model(latent_dim: int, generator: torch.Generator) -> None:
-    modules, x = built(MLQuadrature(), latent_dim)
+    modules, x = built(Quadrature(), latent_dim)
     model = modules["model"]
     posterior = LatticePosterior(model, Lattice(latent_dim, 256, 6.0).double())
     with torch.no_grad():
@@ -80,10 +82,10 @@ def test_the_posterior_is_that_of_the_model(latent_dim: int, generator: torch.Ge
 
 
 def test_observations_are_drawn_for_in_blocks(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    modules, x = built(MLQuadrature(), 2)
+    modules, x = built(Quadrature(), 2)
     posterior = LatticePosterior(modules["model"], Lattice(2, 64, 6.0).double())
-    monkeypatch.setattr("harness_plugins.ml_quadrature.PAIRS", 3 * 64**2)
-    monkeypatch.setattr("harness_plugins.ml_quadrature.CELLS", 1000)
+    monkeypatch.setattr("harness_plugins.quadrature.PAIRS", 3 * 64**2)
+    monkeypatch.setattr("harness_plugins.quadrature.CELLS", 1000)
     with torch.no_grad():
         z, log_q = posterior.sample_and_log_prob(x, 5000, generator)
         monkeypatch.undo()
@@ -94,15 +96,14 @@ def test_observations_are_drawn_for_in_blocks(generator: torch.Generator, monkey
     torch.testing.assert_close(z.mean(0), expected, rtol=0, atol=5 / 5000**0.5)  # five errors
 
 
-def test_it_learns_a_better_model_than_a_vae() -> None:
+def test_it_learns_a_better_model_than_a_vae(tmp_path: Path) -> None:
     """From the same decoder, minibatches and learning rate, where all that there is are the training data."""
-    records = harness.compare(
-        [MLQuadrature(points=48), VAE()], FourPoints(width=16), 2, budget="steps=300", evaluators="exact"
-    )
+    methods = [Quadrature(points=48), VAE()]
+    records = harness.compare(methods, FourPoints(width=16), 2, budget="steps=300", evaluators="exact", out=tmp_path)
     log_p = records[records["metric"] == "log_likelihood"].pivot_table("value", "seed", "method")
-    assert (log_p["ml-quadrature"] > log_p["vae"]).all(), log_p
+    assert (log_p["quadrature"] > log_p["vae"]).all(), log_p
     gap = records[records["metric"] == "kl_to_posterior"].pivot_table("value", "seed", "method")
-    assert (gap["ml-quadrature"].abs() < 0.01).all()
+    assert (gap["quadrature"].abs() < 0.01).all()
 
 
 @pytest.mark.parametrize(
@@ -115,9 +116,9 @@ def test_it_learns_a_better_model_than_a_vae() -> None:
     ids=["three dimensions", "nothing to learn", "funnel"],
 )
 def test_what_it_is_not_for_is_met_by_a_reason(problem: Problem, reason: str) -> None:
-    assert reason in (MLQuadrature().unfit(view_of(problem)) or "")
+    assert reason in (Quadrature().unfit(view_of(problem)) or "")
 
 
 @pytest.mark.parametrize("latent_dim", [1, 2])
 def test_one_dimension_or_two(latent_dim: int) -> None:
-    check_method(MLQuadrature(points=16), SmallProblem(latent_dim=latent_dim))
+    check_method(Quadrature(points=16), SmallProblem(latent_dim=latent_dim))
