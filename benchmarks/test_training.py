@@ -20,7 +20,9 @@ from benchmarks.mnist_sized import Looped, MNISTShaped, operations
 from benchmarks.turns import DEVICE, MatrixProduct, seconds, share_of_peak, take_turns, tell, times_as_fast
 from harness.precision import Precision
 from harness.registry import Registry
+from harness.seeding import flushed
 from harness.training import GradientMethod
+from harness_plugins.digits import Digits
 
 METHODS = {
     name: entry.thing
@@ -28,6 +30,7 @@ METHODS = {
     if isinstance(entry.thing, GradientMethod) and entry.thing.one_by_one() is None
 }
 TURN = 0.3  # seconds of steps, about
+LATE = 15_000
 
 
 @pytest.mark.parametrize("batch_size", [128, 512])
@@ -62,6 +65,22 @@ def test_bf16(benchmark: BenchmarkFixture, batch_size: int) -> None:
         f"training step, vae, mlp, batch {batch_size}, precisions",
         device=DEVICE.type,
         ratios=times_as_fast(times, "bf16", of_one=steps),
+    )
+
+
+@pytest.mark.parametrize("name", ["vae", "avb"])
+def test_late_steps(benchmark: BenchmarkFixture, name: str) -> None:
+    """A fit becomes no slower as it goes on, though its decoder learns which pixels are always black."""
+    loops = {when: Looped(METHODS[name], Digits(), device=DEVICE) for when in ("late", "early")}
+    with flushed():  # as in a fit
+        loops["late"](LATE)
+    steps = max(1, round(TURN / seconds(partial(loops["early"], 20)) * 20))
+    times = take_turns(benchmark, {when: partial(loop, steps) for when, loop in loops.items()}, rounds=21)
+    tell(
+        benchmark,
+        f"training step after {LATE:,} others, {name} on digits",
+        device=DEVICE.type,
+        ratios=times_as_fast(times, "late", of_one=steps),
     )
 
 

@@ -24,6 +24,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from harness.memory import keep_freed
+from harness.seeding import flushed
 
 LOG = logging.getLogger("benchmarks")
 ROUNDS = int(os.environ.get("HARNESS_BENCHMARK_ROUNDS", "0"))  # 0: as many as each benchmark needs
@@ -136,7 +137,7 @@ def take_turns(
         rounds: How many, unless ``HARNESS_BENCHMARK_ROUNDS`` says so.
         warm_up: Rounds that are not counted.
     """
-    keep_freed()  # as in a fit
+    keep_freed()  # as in a fit, like `flushed`
     times: dict[str, list[float]] = {name: [] for name in ways}
     orders = itertools.cycle([[*ways], [*ways][::-1]])
 
@@ -144,7 +145,8 @@ def take_turns(
         for name in next(orders):
             times[name].append(seconds(ways[name]))
 
-    benchmark.pedantic(take_turn, rounds=rounds_of(rounds), warmup_rounds=warm_up)
+    with flushed():
+        benchmark.pedantic(take_turn, rounds=rounds_of(rounds), warmup_rounds=warm_up)
     uncounted = 0 if benchmark.disabled else warm_up
     return {name: found[uncounted:] for name, found in times.items()}
 

@@ -39,13 +39,13 @@ RATES = {
 }
 ADVERSARIAL = ("avb", "avb-ac")
 SETTINGS = {
-    "avb": "batch_size=512,noise_dim=10,adversary_steps=2,lr_decay=0.01",
+    "avb": "batch_size=512,noise_dim=10,adversary_steps=4,lr_decay=0.01",
     "avb-ac": "batch_size=512,adversary_steps=2,lr_decay=0.01",
     "mean-field": "num_particles=512",
     "full-rank": "num_particles=512",
 }
-"""512 draws of z at each step and, as in the released code, noise of ten dimensions and two steps of the adversary.
-Learning rates end at a hundredth, as is the default of the Gaussian families."""
+"""512 draws of z at each step and, as in the released code, noise of ten dimensions and two steps of the adversary, but
+four without adaptive contrast. Learning rates end at a hundredth, as is the default of the Gaussian families."""
 ADVERSARY = 4.0
 """Its learning rate is so many times that of the encoder; 2 in the released code."""
 TRIAL_SEEDS = (100, 101)
@@ -259,12 +259,14 @@ REMARKS = [
         "released code does not do."
     ),
     (
-        "Before these trials 11 settings of AVB without adaptive contrast were tried by hand, with the same seeds: 128 "
-        "or 512 draws, an adversary that learns two or four times as fast as the encoder and takes two or four steps, "
-        "learning rates that fall to a tenth or a hundredth, and likelihoods whose weight grows. With 128 draws, twice "
-        "the rate and a tenth, as this report had it before, most of one mode was lost. What helped was the change of "
-        "these three together; the four rates of both forms of AVB were set then too. Of the Gaussian families only "
-        "the number of draws was changed."
+        "Before these trials 13 settings of AVB without adaptive contrast were tried by hand, with the same seeds "
+        "(one with 102 too): 128 or 512 draws, an adversary that learns two or four times as fast as the "
+        "encoder and takes two or four steps, learning rates that fall to a tenth or a hundredth, and likelihoods "
+        "whose weight grows. With 128 draws, two steps at twice the rate, and a tenth, most of one mode was lost. 512 "
+        "draws, four times the rate and a hundredth brought the KL of this report from 1.79 to 0.37, with shares of "
+        "the modes of 0.21, 0.17 and 0.45 on the seeds 0 to 2; that is why four steps were tried then, on other seeds. "
+        "The four rates of both forms of AVB were set by hand too. Of the Gaussian families only the number of draws "
+        "was changed."
     ),
 ]
 SMALLER = (
