@@ -117,25 +117,25 @@ def operations(work: Callable[[], Any]) -> int:
     return counter.get_total_flops()
 
 
-def stream(seed: int) -> torch.Generator:
-    found = torch.Generator()
+def stream(seed: int, device: torch.device = CPU) -> torch.Generator:
+    found = torch.Generator(device)
     found.manual_seed(seed)
     return found
 
 
 def annealing_path(
-    images: int, chains: int = CHAINS, forces: Forces = "auto"
+    images: int, chains: int = CHAINS, forces: Forces = "auto", device: torch.device = CPU
 ) -> tuple[Annealing, LatentModel, torch.Tensor]:
     """From a Gaussian to the posterior of a decoder of that size; with the decoder and the images."""
     with torch.random.fork_rng(devices=[]):
-        model = MLPSpec(latent_dim=32).new_model((28, 28))
-    x = (torch.rand(images, 28, 28, generator=stream(0)) < 0.2).float()
-    start = GaussianStart(torch.ones(images, 32), torch.zeros(images, 32))
-    precision = force_precision(forces, model, torch.float32, CPU)
+        model = MLPSpec(latent_dim=32).new_model((28, 28)).to(device)
+    x = (torch.rand(images, 28, 28, generator=stream(0)) < 0.2).float().to(device)
+    start = GaussianStart(torch.ones(images, 32, device=device), torch.zeros(images, 32, device=device))
+    precision = force_precision(forces, model, torch.float32, device)
     return Annealing(model, x, start, chains, LEAPFROG, 2**30, precision), model, x
 
 
-def annealed(path: Annealing, transitions: int) -> None:
-    steps = torch.full((transitions, path.observations), 0.05)
+def annealed(path: Annealing, transitions: int, device: torch.device = CPU) -> None:
+    steps = torch.full((transitions, path.observations), 0.05, device=device)
     with torch.no_grad():
-        path.forward(Kernels(schedule("linear", transitions + 1), steps, LEAPFROG), stream(0))
+        path.forward(Kernels(schedule("linear", transitions + 1), steps, LEAPFROG), stream(0, device))

@@ -39,7 +39,7 @@ class NaiveAIS:
         """log w with E[w] = p(x): x (N, *E) -> (chains, N), nats."""
         repeated = x.repeat(self.chains, *[1] * (x.ndim - 1))
         z = model.sample_prior(len(repeated), stream)
-        log_w = torch.zeros(len(repeated), dtype=z.dtype)
+        log_w = torch.zeros(len(repeated), device=z.device, dtype=z.dtype)
         for t in range(self.temperatures):
             before = tempered(model, repeated, t / self.temperatures)
             after = tempered(model, repeated, (t + 1) / self.temperatures)
@@ -49,7 +49,7 @@ class NaiveAIS:
 
     def transition(self, log_f: LogDensity, z: Tensor, stream: torch.Generator) -> Tensor:
         """Hamiltonian Monte Carlo with log density log_f: z (S, D) -> (S, D)."""
-        start = torch.randn(z.shape, generator=stream, dtype=z.dtype)
+        start = torch.randn(z.shape, generator=stream, device=z.device, dtype=z.dtype)
         end, momentum = z, start + 0.5 * self.step * gradient(log_f, z)
         for i in range(self.leapfrog):
             end = end + self.step * momentum
@@ -57,7 +57,7 @@ class NaiveAIS:
             momentum = momentum + (0.5 if last else 1.0) * self.step * gradient(log_f, end)
         kinetic = 0.5 * (start.square() - momentum.square()).sum(-1)
         log_ratio = (log_f(end) - log_f(z)).detach() + kinetic
-        accepted = torch.rand(len(z), generator=stream, dtype=z.dtype) < log_ratio.exp()
+        accepted = torch.rand(len(z), generator=stream, device=z.device, dtype=z.dtype) < log_ratio.exp()
         return torch.where(accepted[:, None], end, z)
 
 

@@ -36,7 +36,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import harness
 from benchmarks.mnist_sized import CHAINS, LEAPFROG, annealed, annealing_path, stream
 from benchmarks.naive_ais import NaiveAIS
-from benchmarks.turns import CPU, take_turns, tell, times_as_fast
+from benchmarks.turns import CPU, DEVICE, Median, take_turns, tell, times_as_fast
 from harness.annealing import Forces
 from harness.estimators import StreamedLogMeanExp
 from harness.evaluator import EvaluationRun, Measurement
@@ -58,17 +58,32 @@ NAIVE_STEPS = [0.01, 0.1]  # what public code sets out from, and what a patient 
 def test_seconds_per_transition(benchmark: BenchmarkFixture, forces: Forces) -> None:
     """As it is by default, and with nothing in lower precision."""
     transitions = 4
-    path, model, x = annealing_path(100, forces=forces)
+    path, model, x = annealing_path(100, forces=forces, device=DEVICE)
     naive = NaiveAIS(temperatures=transitions, chains=CHAINS, leapfrog=LEAPFROG)
     ways = {
-        "harness": lambda: annealed(path, transitions),
-        "naive": lambda: naive.log_weights(model, x, stream(0)),
+        "harness": lambda: annealed(path, transitions, DEVICE),
+        "naive": lambda: naive.log_weights(model, x, stream(0, DEVICE)),
     }
     times = take_turns(benchmark, ways, rounds=9)
     tell(
         benchmark,
         f"annealing, 100 images of 784 pixels, 16 chains, 10 leapfrog steps, forces in {path.forces}",
+        device=DEVICE.type,
         ratios=times_as_fast(times, "harness", of_one=transitions),
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_seconds_of_a_thousand_images(benchmark: BenchmarkFixture) -> None:
+    """At 1,000 temperatures: what takes hours on a few cores."""
+    path, _, _ = annealing_path(1000, device=DEVICE)
+    times = take_turns(benchmark, {"harness": lambda: annealed(path, 999, DEVICE)}, rounds=5)
+    tell(
+        benchmark,
+        "annealing, 1,000 images of 784 pixels, 16 chains, 1,000 temperatures, 10 leapfrog steps",
+        device=torch.cuda.get_device_name(DEVICE),
+        measures={"seconds": Median.of(times["harness"])},
     )
 
 

@@ -16,7 +16,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import harness
 from benchmarks.mnist_sized import Looped, MNISTShaped, annealed, annealing_path
-from benchmarks.turns import CPU, Work, slope, take_turns, tell, times_as_fast
+from benchmarks.turns import CPU, DEVICE, Work, slope, take_turns, tell, times_as_fast
 from harness.evaluator import EvaluationRun, Evaluator
 from harness.problem import placed
 from harness.registry import Registry
@@ -110,7 +110,7 @@ def test_step_with_seeds_at_once(
     problem = MNISTShaped() if name == "mnist" else REGISTRY.select("problems", name)[0]
 
     def work_of(seeds: int) -> Work:
-        take = Looped(method, problem, seeds=range(seeds))
+        take = Looped(method, problem, seeds=range(seeds), device=DEVICE)
         return lambda: take(STEPS)
 
     times = grown(
@@ -121,5 +121,6 @@ def test_step_with_seeds_at_once(
     tell(
         benchmark,
         f"training step, {method.name} on {problem.label}, seeds at once",
+        device=DEVICE.type,
         ratios=times_as_fast({at_once: times[str(most)], one: [most * each for each in times["1"]]}, at_once),
     )

@@ -16,11 +16,12 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.mnist_sized import Looped, MNISTShaped, operations
+from benchmarks.mnist_sized import LOOPS, Looped, MNISTShaped, operations
 from benchmarks.turns import DEVICE, MatrixProduct, seconds, share_of_peak, take_turns, tell, times_as_fast
 from harness.precision import Precision
 from harness.registry import Registry
 from harness.seeding import flushed
+from harness.stepping import Step
 from harness.training import GradientMethod
 from harness_plugins.digits import Digits
 
@@ -65,6 +66,22 @@ def test_bf16(benchmark: BenchmarkFixture, batch_size: int) -> None:
         f"training step, vae, mlp, batch {batch_size}, precisions",
         device=DEVICE.type,
         ratios=times_as_fast(times, "bf16", of_one=steps),
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_ways_of_taking_a_step(benchmark: BenchmarkFixture, name: str) -> None:
+    """By default and compiled, against steps that are taken as they are written."""
+    ways: dict[str, Step] = {**LOOPS, "as written": "eager"}
+    loops = {way: Looped(METHODS[name], MNISTShaped(), device=DEVICE, step=step) for way, step in ways.items()}
+    steps = max(1, round(TURN / seconds(partial(loops["harness"], 1))))
+    times = take_turns(benchmark, {way: partial(loop, steps) for way, loop in loops.items()}, rounds=21)
+    tell(
+        benchmark,
+        f"ways of taking a training step, {name}",
+        device=DEVICE.type,
+        compile_seconds={way: loop.compile_seconds for way, loop in loops.items()},
+        ratios=times_as_fast(times, *LOOPS, of_one=steps),
     )
 
 
