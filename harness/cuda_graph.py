@@ -6,6 +6,7 @@ gradients from a recording (`harness.stepping`): without autograd, and never wai
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, Protocol
@@ -16,6 +17,8 @@ from torch import Tensor
 from harness import players
 from harness.replicas import Together
 from harness.stepping import CLOSE, Gradients, Recorded
+
+log = logging.getLogger(__name__)
 
 Indices = Sequence[Sequence[Tensor]]
 """Of the observations in each minibatch of a step, for each replica."""
@@ -59,7 +62,8 @@ class Graph:
 
     def capture(self, function: Callable[[], Tensor]) -> Tensor:
         """Record it, which does nothing of what it does; what it returns is overwritten by every replay."""
-        with torch.cuda.graph(self.graph, stream=self.side, capture_error_mode="thread_local"):
+        graph = torch.cuda.graph(self.graph, stream=self.side, capture_error_mode="thread_local")
+        with torch.cuda.stream(self.side), graph:  # a capture that fails leaves its own stream the current one
             return function()
 
     def replay(self) -> None:
@@ -86,11 +90,7 @@ class Captured:
         self.objective = torch.empty(0)
 
     def __call__(self, take_step: TakeStep, indices: Indices) -> Tensor:
-        """A step.
-
-        Raises:
-            RuntimeError: If steps cannot be captured.
-        """
+        """A step; as it is written from then on if steps turn out not to be capturable."""
         if self.gradients.used == "eager":  # still, or for good
             return take_step(indices)
         self.graph = self.graph or Graph(indices[0][0].device, self.together.generators)
@@ -100,6 +100,8 @@ class Captured:
         if not self.places:
             with self.together.clock.phase_within("compile"):
                 self._capture(self.graph, take_step, indices)
+            if not self.places:
+                return take_step(indices)
         for places, own in zip(self.places, indices, strict=True):
             for place, fresh in zip(places, own, strict=True):
                 place.copy_(fresh)
@@ -112,9 +114,10 @@ class Captured:
             self.objective = graph.capture(lambda: take_step(places))
         except torch.OutOfMemoryError:  # pyright: ignore[reportPrivateImportUsage]
             raise
-        except Exception as error:  # streams of random numbers are in no state to go on then
-            cause = error.__context__ or error
-            raise RuntimeError(f"its steps cannot become a CUDA graph ({cause}); --step eager does without") from error
+        except Exception as error:  # nothing of the step has been done
+            log.warning("steps are taken as they are written, not by a CUDA graph: %s", error.__context__ or error)
+            self.gradients.give_up()
+            return
         self.places = places
 
     def check(self, take_step: TakeStep, parts: Sequence[Part]) -> None:

@@ -230,7 +230,8 @@ def seconds_budget(records: pd.DataFrame, steps: int = 0) -> str:
     Args:
         steps: Of a fit of that many steps, at the speed of these; as many as it had, unless given.
     """
-    ended = records[records["status"] == "ok"].drop_duplicates("job_id")
+    fitted = records["status"].eq("skipped") & records["fit_seconds"].gt(0)  # and an evaluator is not for it
+    ended = records[records["status"].eq("ok") | fitted].drop_duplicates("job_id")
     if ended.empty or not ended["timing_valid"].eq(True).all() or (steps and not ended["fit_steps"].gt(0).all()):
         return ""
     seconds = ended["fit_seconds"] * (steps / ended["fit_steps"] if steps else 1.0)

@@ -20,7 +20,8 @@ LikelihoodName = Literal["bernoulli", "gaussian"]
 
 def log_normal(value: Tensor, mean: Tensor | float = 0.0, log_sd: Tensor | float = 0.0) -> Tensor:
     """Log density of a diagonal Gaussian, summed over the last axis: (..., D) -> (...), nats."""
-    log_sd = torch.as_tensor(log_sd, dtype=value.dtype, device=value.device)
+    if not isinstance(log_sd, Tensor):
+        log_sd = value.new_full((), log_sd)  # made on the device: a copy from the host would wait for it
     standardised = (value - mean) * torch.exp(-log_sd)
     return (-0.5 * (standardised.square() + LOG_2PI) - log_sd).sum(-1)
 

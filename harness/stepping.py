@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from harness import players
 from harness.options import one_of
 from harness.players import Owned
 from harness.replicas import Drawn, Together
@@ -33,6 +34,8 @@ Program = Callable[..., Sequence[Tensor]]
 """Of the tensors of all replicas and what was drawn: the objective (R,), the movers' losses (M, R), then the pieces of
 each mover's gradient."""
 
+INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
+LOOKED_AT = (torch.ops.aten._linalg_check_errors.default,)
 COMPILER: dict[str, Any] = {"compile_threads": 1}  # a pool of processes would outlive a run that is killed
 FIRST_UPDATES = 100  # by auto: a fit of few steps is over before a recording would have paid
 CLOSE = {False: 1e-3, True: 1e-2}  # whether products are of 8 bits; compiled sums are in another order
@@ -114,13 +117,17 @@ class Recorded(Gradients):
                 raise
             except Exception as error:  # of the recorder or the compiler, or of the losses: then it comes again
                 log.warning("steps are taken as they are written, not by %s: %s", self.mode, _first_line(error))
-                self.broken, self.used = True, "eager"
+                self.give_up()
                 return self.eager(movers, drawn)
             self.used = self.mode
         self.last[names] = drawn
         objective, _, *pieces = self._replayed(names, drawn)
         rest = iter(pieces)
         return objective, [[*itertools.islice(rest, owned.pieces)] for owned in movers]
+
+    def give_up(self) -> None:
+        """Compute gradients as they are written from now on."""
+        self.broken, self.used = True, "eager"
 
     def check(self) -> None:
         for names, drawn in self.last.items() if not self.broken else ():
@@ -154,25 +161,41 @@ class Recorded(Gradients):
             return objective, _of(players, losses).detach(), *itertools.chain.from_iterable(gradients)
 
         inputs = [*self.together.tensors.values(), *_flat(drawn)]
-        recording = make_fx(step)(*inputs)
+        with torch.autograd.set_multithreading_enabled(False):  # derivatives are recorded in this thread
+            recording = make_fx(step)(*inputs)
         _refuse_what_varies(recording, inputs[-1].device)
         program: Program = recording
         if self.mode == "compile":
             with torch.no_grad(), warnings.catch_warnings():  # of the compiler's own code
                 warnings.simplefilter("ignore", DeprecationWarning)
+                warnings.filterwarnings("ignore", "TensorFloat32", UserWarning)
                 program = cast(Program, torch._inductor.compile(cast(Any, program), [*inputs], options=COMPILER))
         return program
 
 
 def _refuse_what_varies(recording: torch.fx.GraphModule, device: torch.device) -> None:
-    """Raise if shapes depend on values, or if tensors are elsewhere: neither is the same when it is replayed."""
+    """Raise if shapes depend on values, or if tensors are elsewhere: neither is the same when it is replayed.
+
+    And where whole steps become a graph, if the host has to look at values: it cannot then.
+    """
     for node in recording.graph.nodes:
-        if torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ()):
+        masked, varies = _has_mask(node), torch.Tag.dynamic_output_shape in getattr(node.target, "tags", ())
+        if varies and (masked or node.target not in INDEXING):
             raise RuntimeError(f"the shape of what {node.target} returns depends on values")
+        if device.type in players.CAPTURED and (masked or node.target in LOOKED_AT):
+            raise RuntimeError(f"{node.target} waits for the device")
         kept = getattr(recording, node.target) if node.op == "get_attr" else None
         places = [kept.device] if isinstance(kept, Tensor) else [node.kwargs.get("device") or device]
         if any(torch.device(place).type != device.type for place in places):
             raise RuntimeError(f"{node.name} is a tensor that is not on the device, {device}")
+
+
+def _has_mask(node: torch.fx.Node) -> bool:
+    """Whether it chooses elements by a mask, and not by their places."""
+    if node.target not in INDEXING:
+        return False
+    indices = cast(Sequence[torch.fx.Node | None], node.args[1])
+    return any(index is not None and index.meta["val"].dtype in (torch.bool, torch.uint8) for index in indices)
 
 
 def gradients_by(step: str, together: Together) -> Gradients:

@@ -35,7 +35,7 @@ STEPS: dict[Scale, int] = {"smoke": 20, "laptop": 20_000, "paper": 200_000}
 TRIAL_SEED = 100
 SHARED: dict[Scale, Speed] = {
     "smoke": Speed(steps=20, seconds=0.2, seed=TRIAL_SEED, evaluators="elbo"),
-    "laptop": Speed(steps=12_000, seconds=10, seed=TRIAL_SEED, evaluators="elbo"),
+    "laptop": Speed(steps=7_000, seconds=10, seed=TRIAL_SEED, evaluators="elbo"),
     "paper": Speed(steps=200_000, seconds=60, seed=TRIAL_SEED, evaluators="elbo"),
 }
 """What is shared equally at equal seconds."""

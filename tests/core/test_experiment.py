@@ -83,6 +83,13 @@ def test_failed_fits_and_disturbed_clocks_give_no_seconds() -> None:
     assert seconds_budget(found[found["status"] == "failed"]) == ""
 
 
+def test_fits_count_that_no_evaluator_was_for() -> None:
+    """AVB has no `elbo`; a method that is not for the problem was never fitted."""
+    found = records(("avb", 0, "skipped", 12.0, 0), ("nuts", 0, "skipped", float("nan"), 0), ("vae", 0, "ok", 4.0, 0))
+    assert seconds_budget(found) == "seconds=8"
+    assert seconds_budget(found.assign(timing_valid=found["run"].ne("avb"))) == ""
+
+
 def test_the_budget_in_seconds_of_so_many_steps_is_by_the_speed_of_others() -> None:
     found = records(("avb", 0, "ok", 10.0, 0), ("avb", 1, "ok", 10.0, 0), ("vae", 0, "ok", 4.0, 0))
     steps = {("avb", 0): 500, ("avb", 1): 250, ("vae", 0): 800}

@@ -120,6 +120,15 @@ def test_inside_isolation_everything_is_seeded() -> None:
     assert all(a != b for a, b in zip(inside(2), first, strict=True))
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_inside_isolation_convolutions_keep_their_precision(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", before)
+    with suppress(KeyError), isolated(1):
+        assert not torch.backends.cudnn.allow_tf32
+        raise KeyError
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 def test_isolation_restores_pyro() -> None:
     import pyro
 

@@ -219,6 +219,23 @@ def test_what_cannot_be_recorded_is_taken_as_it_is_written(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ordering(VAE):
+    """Its loss is of all observations in another order, by their places."""
+
+    name: str = "ordering"
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        order = noise["eps"][:, 0].argsort()
+        return super().losses(modules, x[order], {"eps": noise["eps"][order]})
+
+
+def test_places_are_no_masks() -> None:
+    (eager, _), (graph, _) = (fitted(Ordering(batch_size=16), step) for step in ("eager", "graph"))
+    assert graph.step_used == "graph"
+    assert_equal(eager.state, graph.state)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Forgetful(VAE):
     """Keeps what changes from step to step where a recording does not see it."""
 
@@ -358,10 +375,57 @@ def test_whole_steps_by_a_graph(method: GradientMethod, captured: type[Replayed]
         assert_equal(eager, graph)
 
 
-def test_a_step_that_cannot_be_captured_is_an_error(captured: type[Replayed], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_that_cannot_be_captured_are_taken_as_they_are_written(
+    captured: type[Replayed], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(captured, "broken", True)
-    with pytest.raises(RuntimeError, match=r"cannot become a CUDA graph .operation not permitted.* --step eager does"):
-        fitted(METHODS[3], "graph")
+    with caplog.at_level(logging.WARNING, logger="harness"):
+        fit, _ = fitted(METHODS[3], "graph")
+    assert (fit.step_used, captured.replays) == ("eager", 0)
+    assert [record.message for record in caplog.records] == [
+        "steps are taken as they are written, not by a CUDA graph: operation not permitted when stream is capturing"
+    ]
+    assert_equal(fitted(METHODS[3], "eager")[0].state, fit.state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Masking(VAE):
+    """Leaves negative noise out, through a mask: as many numbers as before."""
+
+    name: str = "masking"
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        eps = noise["eps"].clone()
+        eps[eps < 0] = 0.0
+        return super().losses(modules, x, {"eps": eps})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factorising(VAE):
+    """Its noise has a covariance, whose Cholesky factor is checked by the host."""
+
+    name: str = "factorising"
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        eps = noise["eps"]
+        factor = torch.linalg.cholesky(torch.eye(eps.shape[-1], dtype=eps.dtype) + eps.mT @ eps)
+        return super().losses(modules, x, {"eps": eps @ factor})
+
+
+@pytest.mark.parametrize("method", [Masking(batch_size=16), Factorising(batch_size=16)], ids=lambda method: method.name)
+def test_what_waits_for_the_device_is_recorded_where_there_is_none_to_wait_for(
+    method: GradientMethod, captured: type[Replayed], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="harness"):
+        refused, _ = fitted(method, "graph")
+    assert (refused.step_used, captured.replays) == ("eager", 0)
+    [told] = caplog.records
+    assert told.message.endswith("waits for the device")
+    assert_equal(fitted(method, "eager")[0].state, refused.state)
+    monkeypatch.setattr(players, "CAPTURED", ())
+    recorded, _ = fitted(method, "graph")
+    assert recorded.step_used == "graph"
+    assert_equal(fitted(method, "eager")[0].state, recorded.state)
 
 
 def test_a_graph_is_held_against_steps(captured: type[Replayed], monkeypatch: pytest.MonkeyPatch) -> None:
