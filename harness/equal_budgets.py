@@ -11,13 +11,6 @@ from harness.trials import Trials
 
 Unit = Literal["steps", "seconds"]
 
-EQUAL_SECONDS = (
-    "At equal seconds every method has the seconds that a fit took at equal steps, averaged over the methods: the same "
-    "time in all, shared equally. They are seconds of the fit clock of this machine: another machine, or other work "
-    "beside the fits, gives other numbers of steps."
-)
-"""A remark for reports."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
@@ -47,7 +40,7 @@ class Speed:
 
 @dataclass(frozen=True, kw_only=True)
 class EqualBudgets:
-    """A comparison that is read twice: at equal steps, and with the time that these fits took shared equally.
+    """A comparison that is read twice: at equal steps, and with the time that so many steps take shared equally.
 
     Args:
         name: What the names of its suites begin with; these are NAME-trials, NAME-equal-steps,
@@ -57,8 +50,7 @@ class EqualBudgets:
         settings: Method -> run, or the trials that find it.
         budget: Of the fits at equal steps.
         columns: Of the tables; of trials only the first is shown.
-        speed: How long a fit takes; known from the fits at equal steps unless given, and then these have to run one at
-            a time.
+        speed: How long a fit takes.
 
     Raises:
         ValueError: If labels and settings are not of the same methods.
@@ -72,7 +64,7 @@ class EqualBudgets:
     evaluators: str
     budget: str
     columns: Sequence[Column]
-    speed: Speed | None = None
+    speed: Speed
 
     def __post_init__(self) -> None:
         runs = self.settings.settings if isinstance(self.settings, Trials) else self.settings
@@ -80,29 +72,27 @@ class EqualBudgets:
             raise ValueError(f"labels are of {sorted(self.labels)}, settings of {sorted(runs)}")
 
     def suites(self, done: Done) -> list[Suite]:
-        """Those that can be named: the second reading depends on the first, and both on the trials."""
+        """Those that can be named: the second reading depends on how fast fits are, and both on the trials."""
         trials = [trials.suite for trials in self._trials]
         methods = self.settings.best(done) if isinstance(self.settings, Trials) else self.settings
         if not methods:
             return trials
-        steps = self._suite("steps", methods, self.budget)
-        timed = self._timed(self.speed, methods) if self.speed else steps
-        first = [*trials, steps, *([timed] if self.speed else [])]
-        budget = seconds_budget(done[timed.name], self.speed.steps if self.speed else 0) if timed.name in done else ""
-        return [*first, *([self._suite("seconds", methods, budget)] if budget else [])]
+        steps, timed = self._suite("steps", methods, self.budget), self._timed(methods)
+        budget = seconds_budget(done[timed.name], self.speed.steps) if timed.name in done else ""
+        return [*trials, steps, timed, *([self._suite("seconds", methods, budget)] if budget else [])]
 
     @property
     def _trials(self) -> list[Trials]:
         return [self.settings] if isinstance(self.settings, Trials) else []
 
-    def _timed(self, speed: Speed, methods: Mapping[str, str]) -> Suite:
+    def _timed(self, methods: Mapping[str, str]) -> Suite:
         return Suite(
             name=f"{self.name}-speed",
             problem=self.problem,
             methods=methods,
-            evaluators=speed.evaluators,
-            budget=f"seconds={speed.seconds:g}",
-            seeds=(speed.seed,),
+            evaluators=self.speed.evaluators,
+            budget=f"seconds={self.speed.seconds:g}",
+            seeds=(self.speed.seed,),
         )
 
     def _suite(self, unit: Unit, methods: Mapping[str, str], budget: str) -> Suite:

@@ -107,6 +107,7 @@ def budgets(**changed: Any) -> EqualBudgets:
         "name": "toy", "title": "Toy", "labels": {"avb": "AVB", "vae": "VAE"}, "problem": "four-points",
         "settings": {"avb": "avb", "vae": "vae"}, "evaluators": "exact", "budget": "steps=100",
         "columns": [Column(heading="log p(x)", metrics=("log_likelihood",))],
+        "speed": Speed(steps=100, seconds=2, seed=7, evaluators="elbo"),
     }  # fmt: skip
     return EqualBudgets(**given | changed)
 
@@ -116,27 +117,19 @@ def run_of(suite: Suite, seconds: dict[str, float], steps: dict[str, int], valid
     return found.assign(fit_steps=[steps[run] for run in found["run"]], timing_valid=valid)
 
 
-def test_seconds_are_those_of_the_fits_at_equal_steps() -> None:
-    [steps] = budgets().suites({})
-    done = {steps.name: run_of(steps, {"avb": 9, "vae": 3}, {"avb": 100, "vae": 100})}
-    [_, seconds] = budgets().suites(done)
-    assert (seconds.name, seconds.budget) == ("toy-equal-seconds", "seconds=6")
-    disturbed = {steps.name: run_of(steps, {"avb": 9, "vae": 3}, {"avb": 100, "vae": 100}, valid=False)}
-    assert budgets().suites(disturbed) == [steps]
-
-
-def test_seconds_may_be_known_from_short_fits_while_others_run_beside_each_other() -> None:
-    speed = Speed(steps=100, seconds=2, seed=7, evaluators="elbo")
-    asked = budgets(speed=speed)
+def test_seconds_are_known_from_short_fits_while_others_run_beside_each_other() -> None:
+    asked = budgets()
     [steps, short] = asked.suites({})
     assert (short.budget, short.seeds, short.evaluators) == ("seconds=2", (7,), "elbo")
     done = {steps.name: run_of(steps, {"avb": 99, "vae": 99}, {"avb": 100, "vae": 100}, valid=False)}
     assert asked.suites(done) == [steps, short]
     done[short.name] = run_of(short, {"avb": 2, "vae": 2}, {"avb": 10, "vae": 40})
     [*_, seconds] = asked.suites(done)
-    assert seconds.budget == "seconds=12.5"  # the mean of 20 and 5
-    assert "100 steps" in speed.remark
-    assert "fits of 2 seconds" in speed.remark
+    assert (seconds.name, seconds.budget) == ("toy-equal-seconds", "seconds=12.5")  # the mean of 20 and 5
+    assert "100 steps" in asked.speed.remark
+    assert "fits of 2 seconds" in asked.speed.remark
+    done[short.name] = run_of(short, {"avb": 2, "vae": 2}, {"avb": 10, "vae": 40}, valid=False)
+    assert asked.suites(done) == [steps, short]
 
 
 # Trials

@@ -301,8 +301,9 @@ def test_objects_that_cannot_be_sent_are_refused(tmp_path: Path) -> None:
 
 
 def test_experiments_that_need_undisturbed_seconds_say_so(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"8-equal-seconds: the seconds of fits are needed .* use jobs=1"):
-        harness.reproduce("avb-mnist", scale="smoke", jobs=2, out=tmp_path)
+    example = Path(__file__).parents[1] / "distributions/harness-experiment/tiny_toy.py"
+    with pytest.raises(UserError, match=r"equal-seconds: the seconds of fits are needed .* use jobs=1"):
+        harness.reproduce("tiny-toy", plugins=[example], scale="smoke", jobs=2, out=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
