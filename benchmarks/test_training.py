@@ -34,6 +34,10 @@ TURN = 0.3  # seconds of steps, about
 LATE = 15_000
 
 
+def steps_of_a_turn(take: Looped) -> int:
+    return max(1, round(TURN / seconds(lambda: take(1))))
+
+
 @pytest.mark.parametrize("batch_size", [128, 512])
 @pytest.mark.parametrize("model", ["mlp", "conv1"])
 @pytest.mark.parametrize("name", METHODS)
@@ -41,7 +45,7 @@ def test_step(benchmark: BenchmarkFixture, name: str, model: Literal["mlp", "con
     method = replace(METHODS[name], batch_size=batch_size)
     take, product = Looped(method, MNISTShaped(model=model), device=DEVICE), MatrixProduct(torch.float32, DEVICE)
     of_a_step = operations(lambda: take(1))
-    steps = max(1, round(TURN / seconds(lambda: take(1))))
+    steps = steps_of_a_turn(take)
     times = take_turns(benchmark, {"steps": lambda: take(steps), "product": product}, rounds=9)
     tell(
         benchmark,
@@ -59,7 +63,7 @@ def test_bf16(benchmark: BenchmarkFixture, batch_size: int) -> None:
     method = replace(METHODS["vae"], batch_size=batch_size)
     precisions: list[Precision] = ["bf16", "float32"]
     take = {name: Looped(method, MNISTShaped(), device=DEVICE, precision=name) for name in precisions}
-    steps = max(1, round(TURN / seconds(partial(take["float32"], 1))))
+    steps = steps_of_a_turn(take["float32"])
     times = take_turns(benchmark, {name: partial(loop, steps) for name, loop in take.items()}, rounds=21)
     tell(
         benchmark,
@@ -74,7 +78,7 @@ def test_ways_of_taking_a_step(benchmark: BenchmarkFixture, name: str) -> None:
     """By default and compiled, against steps that are taken as they are written."""
     ways: dict[str, Step] = {**LOOPS, "as written": "eager"}
     loops = {way: Looped(METHODS[name], MNISTShaped(), device=DEVICE, step=step) for way, step in ways.items()}
-    steps = max(1, round(TURN / seconds(partial(loops["harness"], 1))))
+    steps = steps_of_a_turn(loops["harness"])
     times = take_turns(benchmark, {way: partial(loop, steps) for way, loop in loops.items()}, rounds=21)
     tell(
         benchmark,
@@ -91,7 +95,7 @@ def test_late_steps(benchmark: BenchmarkFixture, name: str) -> None:
     loops = {when: Looped(METHODS[name], Digits(), device=DEVICE) for when in ("late", "early")}
     with flushed():  # as in a fit
         loops["late"](LATE)
-    steps = max(1, round(TURN / seconds(partial(loops["early"], 20)) * 20))
+    steps = steps_of_a_turn(loops["early"])
     times = take_turns(benchmark, {when: partial(loop, steps) for when, loop in loops.items()}, rounds=21)
     tell(
         benchmark,

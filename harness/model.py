@@ -20,8 +20,8 @@ LikelihoodName = Literal["bernoulli", "gaussian"]
 
 def log_normal(value: Tensor, mean: Tensor | float = 0.0, log_sd: Tensor | float = 0.0) -> Tensor:
     """Log density of a diagonal Gaussian, summed over the last axis: (..., D) -> (...), nats."""
-    if not isinstance(log_sd, Tensor):
-        log_sd = value.new_full((), log_sd)  # made on the device: a copy from the host would wait for it
+    # a number is filled in on the device: a copy of it from the host would wait
+    log_sd = log_sd.to(value) if isinstance(log_sd, Tensor) else value.new_full((), log_sd)
     standardised = (value - mean) * torch.exp(-log_sd)
     return (-0.5 * (standardised.square() + LOG_2PI) - log_sd).sum(-1)
 

@@ -35,7 +35,7 @@ Program = Callable[..., Sequence[Tensor]]
 each mover's gradient."""
 
 INDEXING = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default)
-LOOKED_AT = (torch.ops.aten._linalg_check_errors.default,)
+LOOKED_AT = (torch.ops.aten._linalg_check_errors.default,)  # by the host: whether a factorisation has succeeded
 COMPILER: dict[str, Any] = {"compile_threads": 1}  # a pool of processes would outlive a run that is killed
 FIRST_UPDATES = 100  # by auto: a fit of few steps is over before a recording would have paid
 CLOSE = {False: 1e-3, True: 1e-2}  # whether products are of 8 bits; compiled sums are in another order
