@@ -17,13 +17,11 @@ class Speed:
     """How long fits take is known from short ones, which run one at a time.
 
     Args:
-        steps: The time that is shared is that of so many steps.
         seconds: Of each of the short fits.
         seed: Theirs, one that the comparison itself does not use.
         evaluators: Something that is quick; it is not shown.
     """
 
-    steps: int
     seconds: float
     seed: int
     evaluators: str
@@ -31,8 +29,8 @@ class Speed:
     @property
     def remark(self) -> str:
         return (
-            f"At equal seconds every method has the seconds that {self.steps:,} steps take, averaged over the methods, "
-            f"at the speed of fits of {self.seconds:g} seconds; these and the fits at equal seconds run one at a time, "
+            "At equal seconds every method has the seconds that the equal steps take, averaged over the methods, at "
+            f"the speed of fits of {self.seconds:g} seconds; these and the fits at equal seconds run one at a time, "
             "whatever runs beside each other at equal steps. They are seconds of the fit clock of this machine: "
             "another machine, or other work beside the fits, gives other numbers of steps."
         )
@@ -48,7 +46,7 @@ class EqualBudgets:
         title: What the titles of its tables and the group of its contrasts begin with.
         labels: Method -> its label for readers; the others are held against the first.
         settings: Method -> run, or the trials that find it.
-        budget: Of the fits at equal steps.
+        steps: Of each fit at equal steps.
         columns: Of the tables; of trials only the first is shown.
         speed: How long a fit takes.
 
@@ -62,7 +60,7 @@ class EqualBudgets:
     problem: str
     settings: Mapping[str, str] | Trials
     evaluators: str
-    budget: str
+    steps: int
     columns: Sequence[Column]
     speed: Speed
 
@@ -77,8 +75,8 @@ class EqualBudgets:
         methods = self.settings.best(done) if isinstance(self.settings, Trials) else self.settings
         if not methods:
             return trials
-        steps, timed = self._suite("steps", methods, self.budget), self._timed(methods)
-        budget = seconds_budget(done[timed.name], self.speed.steps) if timed.name in done else ""
+        steps, timed = self._suite("steps", methods, f"steps={self.steps}"), self._timed(methods)
+        budget = seconds_budget(done[timed.name], self.steps) if timed.name in done else ""
         return [*trials, steps, timed, *([self._suite("seconds", methods, budget)] if budget else [])]
 
     @property
