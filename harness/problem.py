@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import sys
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
@@ -111,13 +112,25 @@ class Split:
         return self.values.shape[0]
 
     def read(self, indices: Tensor, stream: torch.Generator) -> Tensor:
-        """Observations ``indices``, binarised afresh from ``stream`` where the data are dynamic: (B,) -> (B, *E)."""
+        """Observations ``indices``, binarised afresh from ``stream`` where the data are dynamic: (B,) -> (B, *E).
+
+        The probability of each element is then its intensity to the nearest 2**-16: 16 random bits are drawn for it.
+        """
         x = self.values.index_select(0, indices).to(self.dtype)
         x = x if self.levels is None else x.div_(self.levels)
-        if self.binarise:  # 1 where a uniform number is below x, in place: three times as fast as a comparison
-            uniform = torch.rand(x.shape, generator=stream, device=x.device, dtype=self.dtype)
-            x = x.sub_(uniform).ceil_().abs_()
-        return x
+        return binarised_(x, random_bits(x.shape, stream)) if self.binarise else x
+
+
+def random_bits(shape: torch.Size, stream: torch.Generator) -> Tensor:
+    """16 random bits for each element, as int16 of that shape: four of one draw, a third of the time of floats."""
+    n = shape.numel()
+    words = torch.empty(math.ceil(n / 4), dtype=torch.int64, device=stream.device)
+    return words.random_(-(2**63), None, generator=stream).view(torch.int16)[:n].view(shape)
+
+
+def binarised_(x: Tensor, bits: Tensor) -> Tensor:
+    """In place, 1 where (bits + 1/2) / 2**16 is below x, else 0; negative bits count from -1/2, so x moves by it."""
+    return x.sub_(0.5 + 2**-17).sub_(bits, alpha=2**-16).ceil_().abs_()  # three times as fast as a comparison
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,9 +151,11 @@ class DeviceData:
         def frozen(name: SplitName) -> Tensor:
             # Drawn on the CPU so that every device scores the same images.
             values = torch.from_numpy(np.ascontiguousarray(getattr(spec, name)))
-            whole = Split(values, spec.levels, torch.float64, spec.binarisation == "dynamic")
             stream = generator(torch.device("cpu"), "binarisation", spec.name, name)
-            return whole.read(torch.arange(len(whole)), stream).to(device=device, dtype=dtype)
+            x = Split(values, spec.levels, torch.float64, binarise=False).read(torch.arange(len(values)), stream)
+            if spec.binarisation == "dynamic":
+                x = torch.rand(x.shape, generator=stream, dtype=x.dtype) < x
+            return x.to(device=device, dtype=dtype)
 
         return DeviceData(spec, split("train"), frozen("validation"), frozen("test"))
 

@@ -11,7 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.problem import DatasetSpec, DeviceData, MLPSpec, ModelSpec, Problem, Split, loaded, placed
+from harness.problem import (
+    DatasetSpec,
+    DeviceData,
+    MLPSpec,
+    ModelSpec,
+    Problem,
+    Split,
+    binarised_,
+    loaded,
+    placed,
+    random_bits,
+)
 from harness.seeding import Streams
 
 CPU = torch.device("cpu")
@@ -70,12 +81,28 @@ def test_reads_are_the_same_from_the_same_stream_only() -> None:
     assert not torch.equal(split.read(rows, generator(1)), split.read(rows, generator(2)))
 
 
-def test_a_pixel_is_1_where_a_uniform_number_is_below_its_intensity() -> None:
-    split = Split(torch.arange(17, dtype=torch.uint8).expand(100, 17), 16, torch.float32, binarise=True)
-    read = split.read(torch.arange(100), torch.Generator())
-    uniform = torch.rand(100, 17, generator=torch.Generator())
-    assert torch.equal(read, (uniform < torch.arange(17) / 16).float())
-    assert not read.signbit().any()  # no pixel is -0
+@pytest.mark.parametrize("levels", [16, 255])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_pixel_has_its_probability_to_the_nearest_65536th(levels: int, dtype: torch.dtype) -> None:
+    """Over all bits that there are, each once; 0 and 1 are never and always."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int16)[:, None].expand(-1, levels + 1)
+    p = torch.arange(levels + 1, dtype=torch.float64) / levels
+    pixels = binarised_(p.to(dtype).repeat(2**16, 1), every)
+    assert set(pixels.unique().tolist()) == {0.0, 1.0}
+    assert not pixels.signbit().any()  # no pixel is -0
+    assert torch.equal(pixels.sum(0, dtype=torch.float64), (p * 2**16).round())
+
+
+def test_all_sixteen_bits_are_random_and_independent() -> None:
+    """Of each element of an odd number of them, and between neighbours, which come out of one draw."""
+    n = 100_003
+    bits = random_bits(torch.Size([n, 1]), generator(0)).flatten().numpy().view(np.uint16)
+    every = (bits[:, None] >> np.arange(16) & 1).astype(float)
+    for k in (1, 2, 3, 4):
+        every = np.concatenate([every, np.roll(bits, k)[:, None] >> np.arange(16) & 1], axis=1)
+    assert abs(every.mean(0) - 0.5).max() < 5 * 0.5 / n**0.5
+    correlations = np.corrcoef(every, rowvar=False) - np.eye(80)
+    assert abs(correlations).max() < 5.5 / n**0.5  # 3160 pairs: beyond 5.5 standard errors once in 8,000 seeds
 
 
 @pytest.mark.parametrize(("levels", "binarisation"), [(16, "none"), (None, "static"), (None, "none")])
