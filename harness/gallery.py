@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from harness.method import Fit
-from harness.model import CanSimulate, HasExactDraws, LatentModel, NamesQuantities
+from harness.model import CanSimulate, HasExactDraws, HasPlanes, LatentModel, NamesQuantities
 from harness.problem import DeviceData
 from harness.seeding import generator
 
@@ -16,6 +16,10 @@ SAMPLES = 64
 RECONSTRUCTIONS = 10
 POSTERIOR_DRAWS = 4000
 MOST_DIMENSIONS = 16  # of a latent space whose draws are kept
+CELLS = 120
+"""A side of the grid on which the density in a plane is kept."""
+BEYOND = 0.1
+"""Part of the range of exact draws by which that grid reaches further on either side."""
 
 
 @torch.no_grad()
@@ -28,7 +32,8 @@ def gallery(fit: Fit, data: DeviceData, seed: int) -> dict[str, np.ndarray]:
         and E[x|z] for one draw z from q(z|x) each; where observations have an image's shape.
         quantities (4000, Q) and quantity_names (Q,): the model's named quantities, else its latents z1, z2 ..., of
         draws from q(z|x) for the one test observation, where there is one only and D is at most 16; exact_quantities
-        (4000, Q): of as many draws from p(z|x), where these are to be had.
+        (4000, Q): of as many draws from p(z|x), where these are to be had. planes (P, 2), names, with plane_axes
+        (P, 2, 120) and plane_density (P, 120, 120), the second quantity along its rows: exact densities in planes.
     """
     stream = generator(data.test.device, "gallery", seed)
     shown: dict[str, Tensor] = {}
@@ -59,8 +64,29 @@ def _of_one_posterior(fit: Fit, x: Tensor, stream: torch.Generator) -> dict[str,
     arrays = {"quantity_names": np.array(list(drawn)), "quantities": _columns(drawn)}
     if isinstance(fit.model, HasExactDraws):
         exact = fit.model.sample_exact_posterior(x, POSTERIOR_DRAWS, stream)[:, 0]
-        arrays["exact_quantities"] = _columns(_quantities(fit.model, exact))
+        known = _quantities(fit.model, exact)
+        arrays["exact_quantities"] = _columns(known)
+        if isinstance(fit.model, HasPlanes):
+            arrays |= _in_planes(fit.model, x, known)
     return arrays
+
+
+def _in_planes(model: HasPlanes, x: Tensor, exact: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    axes: list[Tensor] = []
+    densities: list[Tensor] = []
+    for plane in model.planes:
+        sides = torch.stack([_side(exact[name].double()) for name in plane])
+        points = torch.stack(torch.meshgrid(*sides, indexing="xy"), dim=-1)
+        axes.append(sides)
+        densities.append(model.log_density_in_plane(x, plane, points).exp())
+    stacked = {"plane_axes": torch.stack(axes), "plane_density": torch.stack(densities)}
+    return {"planes": np.array(model.planes), **{name: each.cpu().numpy() for name, each in stacked.items()}}
+
+
+def _side(draws: Tensor) -> Tensor:
+    low, high = draws.aminmax()
+    reach = BEYOND * (high - low)
+    return torch.linspace(0, 1, CELLS, dtype=draws.dtype, device=draws.device) * (high - low + 2 * reach) + low - reach
 
 
 def _quantities(model: LatentModel, z: Tensor) -> dict[str, Tensor]:

@@ -131,6 +131,21 @@ class HasQuantities(NamesQuantities, Protocol):
 
 
 @runtime_checkable
+class HasPlanes(NamesQuantities, Protocol):
+    """A model of whose named quantities some pairs have a known joint posterior density, which figures show.
+
+    Args:
+        planes: Names of the pairs.
+    """
+
+    planes: tuple[tuple[str, str], ...]
+
+    def log_density_in_plane(self, x: Tensor, plane: tuple[str, str], points: Tensor) -> Tensor:
+        """log p(a, b | x) at pairs of values (..., 2), for the one observation x (1, *E): (...), float64, nats."""
+        ...
+
+
+@runtime_checkable
 class HasModes(Protocol):
     """A model whose posterior, given its one observation, has separate modes.
 

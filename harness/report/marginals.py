@@ -1,4 +1,8 @@
-"""Figure of draws from posteriors in planes of two quantities, over the exact density."""
+"""Figure of draws from posteriors in planes of two quantities, over the exact density.
+
+Where a model knows that density (`harness.model.HasPlanes`), it is shown; else a kernel estimate from exact draws,
+which is wider than what they were drawn from.
+"""
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false, reportUnknownVariableType=false
 # pyright: reportUnknownArgumentType=false
@@ -20,18 +24,23 @@ from harness.report.images import Galleries
 Array = NDArray[np.float64]
 MASSES = (0.9, 0.5)
 """Of the exact density inside its contour lines."""
-CELLS = 80  # a side of the grid on which a density is drawn
+CELLS = 80  # a side of the grid on which a density is estimated
 AROUND = 0.4  # part of the exact density's range that is shown on either side of it
 SIZE = 2.2  # of a panel, inches
 
 
+Density = tuple[Array, Array, Array]
+"""Values of both quantities, (G,) and (H,), and a density there, (H, G)."""
+
+
 @dataclass(frozen=True, eq=False)
 class _Plane:
-    """Draws of two quantities, and of their exact joint density, each of shape (M, 2)."""
+    """Draws of two quantities, and of their exact joint density, each of shape (M, 2); that density, if it is known."""
 
     names: tuple[str, str]
     drawn: Mapping[str, Array]
     exact: Array
+    density: Density | None
 
 
 def marginals(picture: Marginals, shown: Galleries) -> Figure | None:
@@ -44,11 +53,11 @@ def marginals(picture: Marginals, shown: Galleries) -> Figure | None:
     grid = figure.subplots(len(planes), len(labels), squeeze=False, sharex="row", sharey="row")
     colour = colours_of(labels)
     for i, plane in enumerate(planes):
-        density, corners = _density(plane.exact), _frame(grid[i][0], plane)
+        density, corners = plane.density or _estimated(plane.exact), _frame(grid[i][0], plane)
         for axes, label in zip(grid[i], labels, strict=True):
             axes.plot(*plane.drawn[label].T, ".", color=colour[label], markersize=2, alpha=0.4, markeredgewidth=0)
             if density:
-                axes.contour(*density, colors="black", linewidths=1)
+                axes.contour(*density, _levels(density[2]), colors="black", linewidths=1)
             _tell_outside(axes, plane.drawn[label], *corners)
             axes.set_xlabel(plain(plane.names[0]))
             tidy(axes)
@@ -61,6 +70,7 @@ def marginals(picture: Marginals, shown: Galleries) -> Figure | None:
 def _plane(names: tuple[str, str], shown: Galleries) -> _Plane | None:
     drawn: dict[str, Array] = {}
     exact: list[Array] = []
+    densities: list[Density] = []
     for label, arrays in shown.items():
         known = [str(name) for name in arrays.get("quantity_names", ())]
         if set(names) <= set(known):
@@ -68,11 +78,17 @@ def _plane(names: tuple[str, str], shown: Galleries) -> _Plane | None:
             drawn[label] = np.asarray(arrays["quantities"], dtype=float)[:, columns]
             if "exact_quantities" in arrays:
                 exact.append(np.asarray(arrays["exact_quantities"], dtype=float)[:, columns])
-    return _Plane(names, drawn, exact[0] if exact else np.empty((0, 2))) if drawn else None
+            planes = [tuple(map(str, plane)) for plane in arrays.get("planes", ())]
+            if names in planes:
+                at = planes.index(names)
+                densities.append((*arrays["plane_axes"][at], arrays["plane_density"][at]))
+    if not drawn:
+        return None
+    return _Plane(names, drawn, exact[0] if exact else np.empty((0, 2)), densities[0] if densities else None)
 
 
-def _density(draws: Array) -> tuple[Array, Array, Array, list[float]] | None:
-    """Grid, density and levels of its contours, from a kernel estimate; None without draws."""
+def _estimated(draws: Array) -> Density | None:
+    """None without draws."""
     if not len(draws):
         return None
     from scipy.stats import gaussian_kde
@@ -80,9 +96,14 @@ def _density(draws: Array) -> tuple[Array, Array, Array, list[float]] | None:
     estimate = gaussian_kde(draws.T)
     low, high = draws.min(axis=0), draws.max(axis=0)
     x, y = (np.linspace(low[i] - 0.1 * (high[i] - low[i]), high[i] + 0.1 * (high[i] - low[i]), CELLS) for i in (0, 1))
-    density = estimate(np.stack(np.meshgrid(x, y)).reshape(2, -1)).reshape(CELLS, CELLS)
-    at_draws = estimate(draws.T)
-    return x, y, density, [float(np.quantile(at_draws, 1 - mass)) for mass in MASSES]
+    return x, y, estimate(np.stack(np.meshgrid(x, y)).reshape(2, -1)).reshape(CELLS, CELLS)
+
+
+def _levels(density: Array) -> list[float]:
+    """Those above which the cells of equal size have `MASSES` of the whole."""
+    highest = np.sort(density, axis=None)[::-1]
+    mass = highest.cumsum()
+    return [float(highest[np.searchsorted(mass, part * mass[-1])]) for part in MASSES]
 
 
 def _frame(axes: Axes, plane: _Plane) -> tuple[Array, Array]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from harness.model import HasClosedForm, HasEvidence, HasExactDraws, HasModes, HasQuantities, LatentModel
+from harness.model import HasClosedForm, HasEvidence, HasExactDraws, HasModes, HasPlanes, HasQuantities, LatentModel
 from harness.testing.laws import (
     STANDARD_ERRORS,
     require,
@@ -26,6 +26,8 @@ HEAVIEST = 0.9  # quantile of the weights above which they are left out
 NARROWING = 0.7  # standard deviations of the Gaussian in the harmonic identity, relative to the posterior's
 TRANSITIONS = 30
 SMALLEST_STEP, LARGEST_STEP = 0.03, 3.0  # in standard deviations of the posterior, divided by the root of D
+EDGES = (0.02, 0.5, 0.98)  # of rectangles in a plane, as quantiles of either quantity
+ACROSS = 200  # points along a side of one
 TELLING = 200
 """Effective number of draws below which a few of them are everything, and a mean has no error to be judged by."""
 
@@ -54,6 +56,8 @@ def check_exact_answers(model: LatentModel, x: Tensor) -> None:
     first = draws.z[:, :1] if draws else None
     if isinstance(model, HasQuantities):
         _check_quantities(model, x[:1], first)
+    if isinstance(model, HasPlanes):
+        _check_planes(model, x[:1], first)
     if isinstance(model, HasModes):
         _check_modes(model, first)
 
@@ -203,6 +207,27 @@ def _check_quantities(model: LatentModel, x: Tensor, draws: Tensor | None) -> No
         squares = (value - mean).square()
         if float(squares.sum() ** 2 / squares.square().sum()) >= TELLING:
             require_mean(squares, sd**2, f"the variance of {name!r} over sample_exact_posterior and exact_moments")
+
+
+def _check_planes(model: LatentModel, x: Tensor, draws: Tensor | None) -> None:
+    """Of four rectangles that share a corner: as much of the density is in each as of the exact draws."""
+    assert isinstance(model, HasPlanes)
+    known = model.quantities(model.sample_prior(2, stream(18))[:, None] if draws is None else draws)
+    for plane in model.planes:
+        require(set(plane) <= set(known) and len(set(plane)) == 2, f"planes: {plane} are not two of {list(known)}")
+        found = model.log_density_in_plane(x, plane, torch.zeros(2, 3, 2, dtype=x.dtype))
+        require_shape(found, (2, 3), "log_density_in_plane of points (2, 3, 2)")
+        if draws is None:
+            continue
+        pair = torch.stack([known[name].flatten().double() for name in plane], dim=-1)
+        edges = torch.quantile(pair, torch.tensor(EDGES, dtype=pair.dtype), dim=0)
+        for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            low, high = (torch.stack([edges[i + k, 0], edges[j + k, 1]]) for k in (0, 1))
+            steps = (torch.arange(ACROSS, dtype=pair.dtype) + 0.5)[:, None] / ACROSS * (high - low) + low
+            points = torch.stack(torch.meshgrid(*steps.T, indexing="ij"), dim=-1)
+            mass = model.log_density_in_plane(x, plane, points).exp().mean() * (high - low).prod()
+            inside = ((pair >= low) & (pair < high)).all(1).double()
+            require_mean(inside, mass, f"the share of sample_exact_posterior in a part of {plane} and its density")
 
 
 def _check_modes(model: LatentModel, draws: Tensor | None) -> None:

@@ -106,12 +106,16 @@ class EightSchoolsModel(LatentModel):
         x = x.double()
         points = round(2 * HALF_WIDTH / SPACING) + 1
         u = torch.linspace(-HALF_WIDTH, HALF_WIDTH, points, dtype=x.dtype, device=x.device)
+        return GridDensity(u, self._log_joint_of_u(u, x))
+
+    def _log_joint_of_u(self, u: Tensor, x: Tensor) -> Tensor:
+        """log p(y, u), with mu and eta integrated out: (G,) and (N, 8), both float64, -> (G, N), nats."""
         weight = self._variance(u).reciprocal()
         precision = self.mu_sd**-2 + weight.sum(1)
         squared = weight @ x.square().T - (weight @ x.T).square() / precision[:, None]
         log_determinant = math.log(self.mu_sd**2) + precision.log() - weight.log().sum(1)
         constant = self.log_prior_u(u) - 0.5 * (SCHOOLS * LOG_2PI + log_determinant)
-        return GridDensity(u, constant[:, None] - 0.5 * squared)
+        return constant[:, None] - 0.5 * squared
 
     def quantities(self, z: Tensor) -> dict[str, Tensor]:
         tau = self.tau(z[..., 1])
@@ -156,6 +160,7 @@ class TwoSignedScale(EightSchoolsModel, StandardNormalPrior):
 
     reported = ("mu", "tau", "|tau|", "theta", "eta")
     mode_weights: ClassVar[dict[str, float]] = {"tau > 0": 0.5, "tau < 0": 0.5}
+    planes: ClassVar[tuple[tuple[str, str], ...]] = (("mu", "tau"), ("tau", "eta[1]"))
 
     def __init__(self, sigma: np.ndarray) -> None:
         super().__init__(sigma, mu_sd=1.0)
@@ -168,6 +173,16 @@ class TwoSignedScale(EightSchoolsModel, StandardNormalPrior):
 
     def mode_of(self, z: Tensor) -> Tensor:
         return (z[..., 1] < 0).long()
+
+    def log_density_in_plane(self, x: Tensor, plane: tuple[str, str], points: Tensor) -> Tensor:
+        """p(tau | y), times the Gaussian density of the other quantity given tau."""
+        x, at = x.double(), dict(zip(plane, points.double().unbind(-1), strict=True))
+        tau = at.pop("tau")
+        [(name, value)] = at.items()
+        means, variances = (each[name] for each in self._given_u(tau.flatten(), x))
+        given = log_normal(value.flatten()[:, None], means[:, None], 0.5 * variances.log()[:, None])
+        of_tau = self._log_joint_of_u(tau.flatten(), x)[:, 0] - self.log_evidence(x)
+        return (of_tau + given).reshape(tau.shape)
 
 
 class HalfCauchyScale(EightSchoolsModel):

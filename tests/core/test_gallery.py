@@ -62,6 +62,28 @@ def test_draws_of_one_posterior_are_kept_by_the_names_of_its_quantities() -> Non
         assert square.mean() == pytest.approx(sd**2, abs=5 * 2**0.5 * sd**2 / POSTERIOR_DRAWS**0.5)
 
 
+class WithPlane(WithExactDraws):
+    """The density at hand is not that of the draws, so that it can be told from an estimate."""
+
+    planes = (("first", "square"),)
+
+    def log_density_in_plane(self, x: Tensor, plane: tuple[str, str], points: Tensor) -> Tensor:
+        assert plane == ("first", "square")
+        return (points[..., 0] - 10 * points[..., 1]).double()
+
+
+def test_the_density_in_a_plane_is_kept_around_the_exact_draws() -> None:
+    arrays = shown(WithPlane(3))
+    assert arrays["planes"].tolist() == [["first", "square"]]
+    [[first, square]], [density] = arrays["plane_axes"], arrays["plane_density"]
+    low, high = arrays["exact_quantities"].min(0), arrays["exact_quantities"].max(0)
+    reach = 0.1 * (high - low)
+    assert [first[0], square[0]] == pytest.approx(low - reach)
+    assert [first[-1], square[-1]] == pytest.approx(high + reach)
+    assert np.log(density) == pytest.approx(first[None, :] - 10 * square[:, None])
+    assert "planes" not in shown(WithExactDraws(3))
+
+
 def test_latents_without_names_are_numbered() -> None:
     arrays = shown(NoLikelihood(3))
     assert arrays["quantity_names"].tolist() == ["z1", "z2", "z3"]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.contour import ContourSet
 
 from harness.experiment import (
     Column,
@@ -485,6 +486,25 @@ def test_marginals_are_framed_by_the_exact_density() -> None:
     told = [[text.get_text() for text in axes.texts] for axes in figure.axes]
     assert told == [[], ["25% outside"], [], ["25% outside"]]
     assert [axes.get_title() for axes in figure.axes[:2]] == ["0 off", "0.25 off"]
+
+
+def test_contour_lines_hold_half_and_nine_tenths_of_the_density_that_is_known() -> None:
+    """Of two independent standard normal quantities they are circles: a part 1 - exp(-r^2/2) is within r."""
+    side = np.linspace(-5, 5, 120)
+    x, y = np.meshgrid(2 * side, side)
+    known = {
+        "planes": np.array([["tau", "eta"], ["mu", "tau"]]),
+        "plane_axes": np.stack([[side, side], [2 * side, side]]),
+        "plane_density": np.stack([np.ones((120, 120)), np.exp(-0.5 * ((x / 2) ** 2 + y**2))]),
+    }
+    galleries = {label: {**arrays, **known} for label, arrays in planes([0]).items()}
+    figure = marginals(Marginals(name="m", caption="", planes=[("mu", "tau")], lines=[]), galleries)
+    assert figure is not None
+    [contours] = [each for each in figure.axes[0].collections if isinstance(each, ContourSet)]
+    for path, mass in zip(contours.get_paths(), (0.9, 0.5), strict=True):
+        across, up = np.asarray(path.vertices).T
+        radius = np.hypot(across / 2, up)
+        assert radius == pytest.approx((-2 * np.log(1 - mass)) ** 0.5, rel=0.03)  # a cell is 0.08 wide
 
 
 def test_there_is_no_figure_of_quantities_that_are_not_there() -> None:

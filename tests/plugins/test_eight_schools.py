@@ -222,6 +222,14 @@ class OtherWeights(TwoSignedScale):
     mode_weights = {"tau > 0": 0.45, "tau < 0": 0.55}  # noqa: RUF012
 
 
+class OtherPlane(TwoSignedScale):
+    """eta_2 in the place of eta_1."""
+
+    def log_density_in_plane(self, x: Tensor, plane: tuple[str, str], points: Tensor) -> Tensor:
+        other = ("tau", "eta[2]") if plane[1] == "eta[1]" else plane
+        return super().log_density_in_plane(x, other, points)
+
+
 class Double(TwoSignedScale):
     def sample_exact_posterior(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
         return super().sample_exact_posterior(x.double(), n, generator)
@@ -261,6 +269,7 @@ def test_what_mutants_are_made_from_passes() -> None:
         ("WidePrior", "do not fit together"),
         ("OtherMoments", "the variance of 'tau' over sample_exact_posterior and exact_moments"),
         ("OtherWeights", "the share of mode 'tau > 0' in sample_exact_posterior and mode_weights"),
+        ("OtherPlane", "the share of sample_exact_posterior in a part of \\('tau', 'eta\\[1\\]'\\) and its density"),
         ("Double", "expected float32 as x has, got torch.float64"),
     ],
 )
