@@ -117,8 +117,9 @@ class Split:
         The probability of each element is then its intensity to the nearest 2**-16: 16 random bits are drawn for it.
         """
         x = self.values.index_select(0, indices).to(self.dtype)
-        x = x if self.levels is None else x.div_(self.levels)
-        return binarised_(x, random_bits(x.shape, stream)) if self.binarise else x
+        if self.binarise:
+            return binarised_(x, random_bits(x.shape, stream), self.levels or 1)
+        return x if self.levels is None else x.div_(self.levels)
 
 
 def random_bits(shape: torch.Size, stream: torch.Generator) -> Tensor:
@@ -128,9 +129,13 @@ def random_bits(shape: torch.Size, stream: torch.Generator) -> Tensor:
     return words.random_(-(2**63), None, generator=stream).view(torch.int16)[:n].view(shape)
 
 
-def binarised_(x: Tensor, bits: Tensor) -> Tensor:
-    """In place, 1 where (bits + 1/2) / 2**16 is below x, else 0; negative bits count from -1/2, so x moves by it."""
-    return x.sub_(0.5 + 2**-17).sub_(bits, alpha=2**-16).ceil_().abs_()  # three times as fast as a comparison
+def binarised_(x: Tensor, bits: Tensor, levels: int) -> Tensor:
+    """In place, 1 where x / levels is above (bits + 1/2) / 2**16, else 0; as signed numbers bits start at -2**15.
+
+    Floats are compared, and in place, since other comparisons take many times as long; for up to 255 levels all that
+    is near the threshold is exact in float32.
+    """
+    return x.sub_(bits, alpha=levels * 2**-16).gt_(levels * (0.5 + 2**-17))
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.func import functional_call, vmap
 
 from harness.method import CurvePoint, Diverged, Run
@@ -157,12 +158,12 @@ class Together:
         """Each player's loss: a scalar of a single replica, else (R,)."""
         if not self.single:
             return self.losses_at(self.tensors, drawn)
-        with self.products:
+        with self.products, unvalidated():
             return self.replicas[0].losses(self.replicas[0].modules, *drawn)
 
     def losses_at(self, tensors: Mapping[str, Tensor], drawn: Drawn) -> dict[str, Tensor]:
         """The losses as they would be if ``tensors`` were those of the replicas."""
-        with self.products:
+        with self.products, unvalidated():
             if self.single:
                 return self._of_one(tensors, *drawn)
             try:
@@ -177,6 +178,20 @@ class Together:
 
     def _of_one(self, tensors: Mapping[str, Tensor], x: Tensor, noise: Noise) -> dict[str, Tensor]:
         return functional_call(self.program, {f"own.{name}": value for name, value in tensors.items()}, (x, noise))
+
+
+@contextmanager
+def unvalidated() -> Iterator[None]:
+    """Distributions do not look at their values: that waits for the device, and is no part of a recording or a batch.
+
+    What is not finite is found by the loop.
+    """
+    before = Distribution._validate_args  # pyright: ignore[reportPrivateUsage]
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 class _Program(nn.Module):

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 Step = Literal["auto", "eager", "graph", "compile"]
 """``auto`` is ``graph`` for all but the first updates. What cannot be recorded is computed as it is written, whatever
-was asked for."""
+was asked for; what cannot be compiled is replayed as it was recorded."""
 
 Program = Callable[..., Sequence[Tensor]]
 """Of the tensors of all replicas and what was drawn: the objective (R,), the movers' losses (M, R), then the pieces of
@@ -39,6 +39,8 @@ LOOKED_AT = (torch.ops.aten._linalg_check_errors.default,)  # by the host: wheth
 COMPILER: dict[str, Any] = {"compile_threads": 1}  # a pool of processes would outlive a run that is killed
 FIRST_UPDATES = 100  # by auto: a fit of few steps is over before a recording would have paid
 CLOSE = {False: 1e-3, True: 1e-2}  # whether products are of 8 bits; compiled sums are in another order
+GRADIENTS_CLOSE = 0.1  # of their norm: they are sums of what cancels
+REMEDY = "what changes from step to step must be in buffers of the modules; --step eager does without recording"
 
 
 def parse_step(text: str) -> Step:
@@ -102,7 +104,7 @@ class Recorded(Gradients):
         self.together, self.mode, self.after = together, mode, after
         self.eager, self.broken = Eager(together), False
         self.programs: dict[tuple[str, ...], Program] = {}
-        self.last: dict[tuple[str, ...], Drawn] = {}
+        self.last: dict[tuple[str, ...], tuple[Sequence[Owned], Drawn]] = {}
 
     def __call__(self, movers: Sequence[Owned], drawn: Drawn) -> tuple[Tensor, list[list[Tensor]]]:
         if self.broken or self.after > 0:
@@ -120,28 +122,30 @@ class Recorded(Gradients):
                 self.give_up()
                 return self.eager(movers, drawn)
             self.used = self.mode
-        self.last[names] = drawn
+        self.last[names] = movers, drawn
         objective, _, *pieces = self._replayed(names, drawn)
-        rest = iter(pieces)
-        return objective, [[*itertools.islice(rest, owned.pieces)] for owned in movers]
+        return objective, _of_each(movers, pieces)
 
     def give_up(self) -> None:
         """Compute gradients as they are written from now on."""
         self.broken, self.used = True, "eager"
 
     def check(self) -> None:
-        for names, drawn in self.last.items() if not self.broken else ():
-            with torch.no_grad(), self.together.buffers_kept():
-                expected = _of(names, self.together.losses(drawn))
+        for names, (movers, drawn) in self.last.items() if not self.broken else ():
             with self.together.buffers_kept():
-                _, found, *_ = self._replayed(names, drawn)
+                losses = self.together.losses(drawn)
+                expected, gradients = _of(names, losses).detach(), differentiated(losses, movers)
+            with self.together.buffers_kept():
+                _, found, *pieces = self._replayed(names, drawn)
+            finite = expected.isfinite()  # else the fit has diverged, and says so itself
             close = CLOSE[self.together.low_precision]
-            if not torch.allclose(found, expected, rtol=close, atol=close, equal_nan=True):
+            if not torch.allclose(found[finite], expected[finite], rtol=close, atol=close):
                 raise RuntimeError(
                     f"losses {', '.join(names)} are {expected.tolist()} as they are written and {found.tolist()} as "
-                    "they were recorded: what changes from step to step must be in buffers of the modules; --step "
-                    "eager does without recording"
+                    f"they were recorded: {REMEDY}"
                 )
+            for name, own, others in zip(names, gradients, _of_each(movers, pieces), strict=True):
+                _compare(name, own, others)
 
     def _replayed(self, names: tuple[str, ...], drawn: Drawn) -> Sequence[Tensor]:
         with torch.no_grad():
@@ -164,13 +168,37 @@ class Recorded(Gradients):
         with torch.autograd.set_multithreading_enabled(False):  # derivatives are recorded in this thread
             recording = make_fx(step)(*inputs)
         _refuse_what_varies(recording, inputs[-1].device)
-        program: Program = recording
-        if self.mode == "compile":
+        return self._compiled(recording, inputs) if self.mode == "compile" else recording
+
+    def _compiled(self, recording: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Program:
+        """Or as it was recorded, if it cannot be compiled."""
+        try:
             with torch.no_grad(), warnings.catch_warnings():  # of the compiler's own code
                 warnings.simplefilter("ignore", DeprecationWarning)
                 warnings.filterwarnings("ignore", "TensorFloat32", UserWarning)
-                program = cast(Program, torch._inductor.compile(cast(Any, program), [*inputs], options=COMPILER))
-        return program
+                return cast(Program, torch._inductor.compile(recording, [*inputs], options=COMPILER))
+        except torch.OutOfMemoryError:  # pyright: ignore[reportPrivateImportUsage]
+            raise
+        except Exception as error:
+            log.warning("steps are replayed as they were recorded, not compiled: %s", _first_line(error))
+            self.mode = "graph"
+            return recording
+
+
+def _compare(name: str, expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+    """Raise if the gradients of a loss, each in pieces (R, n), are further apart than rounding explains."""
+    written, recorded = (torch.cat([*pieces], dim=1) for pieces in (expected, found))
+    size, apart = (torch.linalg.vector_norm(each, dim=1) for each in (written, recorded - written))
+    if bool((apart > GRADIENTS_CLOSE * size)[size.isfinite()].any()):
+        raise RuntimeError(
+            f"the gradient of {name} has a norm of {size.tolist()} as it is written and is {apart.tolist()} off as it "
+            f"was recorded: {REMEDY}"
+        )
+
+
+def _of_each(movers: Sequence[Owned], pieces: Sequence[Tensor]) -> list[list[Tensor]]:
+    rest = iter(pieces)
+    return [[*itertools.islice(rest, owned.pieces)] for owned in movers]
 
 
 def _refuse_what_varies(recording: torch.fx.GraphModule, device: torch.device) -> None:

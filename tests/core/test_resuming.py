@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from harness_plugins.iaf import IAF
 from harness_plugins.vae import VAE
 
 CPU, DOUBLE = torch.device("cpu"), torch.float64
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +81,14 @@ def part(store: Store, method: GradientMethod, budget: str, stop: Stop, step: st
         return method.fit(view, run), run
 
 
-def in_parts(store: Store, method: GradientMethod, budget: str, stops: Iterable[int]) -> tuple[Fit, Run]:
+def in_parts(
+    store: Store, method: GradientMethod, budget: str, stops: Iterable[int], step: str = "auto"
+) -> tuple[Fit, Run]:
     """A fit that is stopped after so many steps of each run, and ended by a last one."""
     for steps in stops:
         with pytest.raises(Stopped):
-            part(store, method, budget, AfterSteps(steps))
-    ended = part(store, method, budget, Stop())
+            part(store, method, budget, AfterSteps(steps), step)
+    ended = part(store, method, budget, Stop(), step)
     store.remove_checkpoint("job")
     return ended
 
@@ -133,6 +137,17 @@ def test_a_fit_that_is_interrupted_at_any_step_ends_as_if_it_had_not_been(
     for steps in range(1, whole[0].steps):
         assert_the_same(whole, in_parts(store, method, budget, [steps]))
     assert_the_same(whole, in_parts(store, method, budget, [1] * (whole[0].steps - 1)))
+
+
+@pytest.mark.parametrize(
+    ("method", "step"),
+    [(TWO_STEPS, "graph"), pytest.param(VAE(batch_size=8, clip_norm=0.3), "compile", marks=needs_compiler)],
+)
+def test_so_it_does_by_steps_that_are_recorded_or_compiled(method: GradientMethod, step: str, tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    whole = part(store, method, "steps=9", Stop(), step)
+    assert whole[0].step_used == step
+    assert_the_same(whole, in_parts(store, method, "steps=9", [1, 6], step))
 
 
 def test_a_fit_goes_on_into_the_next_permutations(tmp_path: Path) -> None:

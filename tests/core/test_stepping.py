@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -154,6 +155,23 @@ def test_compiled_steps_of_seeds_at_once() -> None:
         assert_close(eager, compiled, 1e-8)
 
 
+def test_what_cannot_be_compiled_is_replayed_as_it_was_recorded(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(torch._inductor, "compile", broken)
+    method = AVB(batch_size=16, noise_dim=3, adversary_steps=2)
+    with caplog.at_level(logging.WARNING, logger="harness"):
+        fit, _ = fitted(method, "compile")
+    assert fit.step_used == "graph"
+    assert [record.message for record in caplog.records] == [
+        "steps are replayed as they were recorded, not compiled: OSError: no compiler"
+    ]
+    assert_equal(fitted(method, "eager")[0].state, fit.state)
+
+
 def test_auto_records_when_it_pays(monkeypatch: pytest.MonkeyPatch) -> None:
     method = AVB(batch_size=16, noise_dim=3, adversary_steps=2)
     monkeypatch.setattr(stepping, "FIRST_UPDATES", 20)
@@ -253,6 +271,45 @@ def test_a_number_that_changes_outside_of_buffers_is_an_error() -> None:
     assert fitted(Forgetful(batch_size=16), "eager")[0].step_used == "eager"
     with pytest.raises(RuntimeError, match="must be in buffers of the modules"):
         fitted(Forgetful(batch_size=16), "graph")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgetfulGradient(Forgetful):
+    """The same, where the loss itself does not show it."""
+
+    name: str = "forgetful-gradient"
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        losses = VAE.losses(self, modules, x, noise)
+        return {name: loss + self.weight[0] * (loss - loss.detach()) for name, loss in losses.items()}
+
+
+def test_so_is_one_that_enters_only_the_gradient() -> None:
+    assert fitted(ForgetfulGradient(batch_size=16), "eager")[0].step_used == "eager"
+    with pytest.raises(RuntimeError, match=r"gradient of negative_elbo .* must be in buffers of the modules"):
+        fitted(ForgetfulGradient(batch_size=16), "graph")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithDistributions(VAE):
+    """Written with torch's distributions, which look at their arguments unless they are told not to."""
+
+    name: str = "with-distributions"
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        [loss] = super().losses(modules, x, noise).values()
+        scale = noise["eps"].square() + 1
+        return {"negative_elbo": loss - 1e-3 * Normal(noise["eps"], scale).log_prob(noise["eps"]).mean()}
+
+
+def test_distributions_do_not_look_at_their_values() -> None:
+    """Else there would be no recording, and no batched program of several seeds; afterwards they do again."""
+    method = WithDistributions(batch_size=16)
+    assert fitted(method, "graph")[0].step_used == "graph"
+    for step in ("eager", "graph"):
+        together(method, step)
+    with pytest.raises(ValueError, match="to satisfy the constraint"):
+        Normal(0.0, -1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
