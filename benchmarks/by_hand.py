@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.players import Modules
+from harness.problem import binarised_, random_bits
 
 PIXELS, LATENTS, WIDTH, NOISE, PAIR_WIDTH, RANK = 784, 32, 300, 32, 512, 128
 LOG_EVERY = 100
@@ -190,7 +191,10 @@ class SharedForwardAVB(AVB):
 
 
 class TwoStepAVB(AVB):
-    """As it is usually written: a forward pass, a backward pass and a step for either player, with the default Adam."""
+    """As it is usually written: a forward pass, a backward pass and a step for either player, with the default Adam.
+
+    Written with care: nothing is differentiated in vain, and the adversary sees both kinds of z in one pass.
+    """
 
     def __init__(self, lr: float, adversary_lr: float, beta1: float) -> None:
         super().__init__(lr, adversary_lr, beta1)
@@ -204,11 +208,12 @@ class TwoStepAVB(AVB):
         z = self.encoder(centred, noise[0])
         negative_elbo = self.adversary(centred, z).mean() + minus_log_likelihood(self.decoder(z), x)
         self.optimisers[0].zero_grad()
-        negative_elbo.backward()
+        negative_elbo.backward(inputs=self.primal)
         self.optimisers[0].step()
         with torch.no_grad():
             z = self.encoder(centred, noise[0])
-        loss = F.softplus(-self.adversary(centred, z)).mean() + F.softplus(self.adversary(centred, noise[1])).mean()
+        t_posterior, t_prior = self.adversary(centred, torch.stack([z, noise[1]]))
+        loss = F.softplus(-t_posterior).mean() + F.softplus(t_prior).mean()
         self.optimisers[1].zero_grad()
         loss.backward()
         self.optimisers[1].step()
@@ -216,7 +221,10 @@ class TwoStepAVB(AVB):
 
 
 class Images:
-    """Minibatches of images in memory, binarised afresh: (N, PIXELS) uint8 -> (batch_size, PIXELS)."""
+    """Minibatches of images in memory, binarised afresh: (N, PIXELS) uint8 -> (batch_size, PIXELS).
+
+    By `draw`: as quickly as the harness does, so that this is no part of a comparison of loops.
+    """
 
     def __init__(self, pixels: Tensor, batch_size: int) -> None:
         self.pixels, self.batch_size = pixels.flatten(1), batch_size
@@ -227,7 +235,17 @@ class Images:
             self.order, self.at = torch.randperm(len(self.order)), 0
         chosen = self.order[self.at : self.at + self.batch_size]
         self.at += self.batch_size
-        x = self.pixels.index_select(0, chosen).float() / 255
+        return self.draw(self.pixels.index_select(0, chosen).float())
+
+    def draw(self, x: Tensor) -> Tensor:
+        return binarised_(x, random_bits(x.shape, torch.default_generator), 255)
+
+
+class PlainlyDrawnImages(Images):
+    """The same by the usual expression, as someone writes it who has a loop of a library but no reader of data."""
+
+    def draw(self, x: Tensor) -> Tensor:
+        x = x / 255
         return (torch.rand(x.shape) < x).float()
 
 

@@ -33,5 +33,5 @@ def test_jobs_at_once(benchmark: BenchmarkFixture, tmp_path: Path, method: str, 
 
     at_once, one = f"{CORES} jobs at once", "one job at a time"
     ways = {at_once: lambda: compare(CORES), one: lambda: compare(1)}
-    times = take_turns(benchmark, ways, rounds=3, warm_up=0)
+    times = take_turns(benchmark, ways, rounds=5, warm_up=0)
     tell(benchmark, f"{2 * CORES} fits of {method} on the digits", ratios=times_as_fast(times, at_once))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.mnist_sized import LOOPS, Looped, MNISTShaped, operations
+from benchmarks.mnist_sized import LOOPS, Looped, MNISTShaped, begun, operations
 from benchmarks.turns import DEVICE, MatrixProduct, seconds, share_of_peak, take_turns, tell, times_as_fast
 from harness.precision import Precision
 from harness.registry import Registry
@@ -25,10 +25,16 @@ from harness.stepping import Step
 from harness.training import GradientMethod
 from harness_plugins.digits import Digits
 
+
+def fits(method: GradientMethod) -> bool:
+    view, _ = begun(method, MNISTShaped(images=1))
+    return method.one_by_one() is None and method.unfit(view) is None
+
+
 METHODS = {
     name: entry.thing
     for name, entry in Registry.discover().methods.items()
-    if isinstance(entry.thing, GradientMethod) and entry.thing.one_by_one() is None
+    if isinstance(entry.thing, GradientMethod) and fits(entry.thing)
 }
 TURN = 0.3  # seconds of steps, about
 LATE = 15_000

@@ -24,7 +24,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from harness.memory import keep_freed
-from harness.seeding import flushed
+from harness.seeding import flushed, seeded
 
 LOG = logging.getLogger("benchmarks")
 ROUNDS = int(os.environ.get("HARNESS_BENCHMARK_ROUNDS", "0"))  # 0: as many as each benchmark needs
@@ -145,7 +145,7 @@ def take_turns(
         for name in next(orders):
             times[name].append(seconds(ways[name]))
 
-    with flushed():
+    with flushed(), seeded(0):  # of what draws from process-wide generators
         benchmark.pedantic(take_turn, rounds=rounds_of(rounds), warmup_rounds=warm_up)
     uncounted = 0 if benchmark.disabled else warm_up
     return {name: found[uncounted:] for name, found in times.items()}
