@@ -248,6 +248,16 @@ def over_blocks(
     return float(np.std(values, ddof=1)) / math.sqrt(blocks), float(np.mean(values))
 
 
+def of_a_block(k: int) -> int:
+    """Draws that a block has at least, where the distances to k-th neighbours are looked at."""
+    return 2 * (k + 1)
+
+
+def fewest(k: int) -> int:
+    """Draws that make two such blocks."""
+    return 2 * of_a_block(k)
+
+
 def blocks_of(n: int, least: int) -> int:
     """How many blocks of at least ``least`` draws n draws are cut into for `over_blocks`: `BLOCKS`, if they suffice."""
     return min(BLOCKS, n // least)

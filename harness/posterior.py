@@ -114,6 +114,10 @@ class HasChains(Protocol):
         ...
 
 
+NO_FRESH_DRAWS = "the posterior's draws are those of chains: they come again, and depend on each other"
+"""Why estimators that ask for independent draws again and again say nothing of chains."""
+
+
 class ChainPosterior(Posterior):
     """Stored draws of Markov chains for one observation; x says nothing that they have not been told.
 

@@ -64,13 +64,15 @@ def of_certificate(row: MethodRow, evaluator: str) -> list[str]:
 
 
 def of_warnings(row: MethodRow) -> list[str]:
-    """The warnings of a method's measurements: in the words of the first seed, with the others that have one too."""
+    """The warnings of a method's measurements: in the words of the first seed, with all that have one."""
     told: list[str] = []
     for (evaluator, metric), texts in row.warnings.items():
-        (seed, text), *others = texts.items()
-        too = f", likewise {seed_list([seed for seed, _ in others])}" if others else ""
+        text = next(iter(texts.values()))
+        same = [seed for seed, other in texts.items() if other == text]
+        others = [seed for seed in texts if seed not in same]
+        too = f"; with other numbers {seed_list(others)}" if others else ""
         what = f"{WARNED} {one_line(row.label)}: {one_line(metric)} by {one_line(evaluator)}"
-        told.append(f"{what}: {one_line(text)} ({seed_list([seed])}{too})")
+        told.append(f"{what}: {one_line(text)} ({seed_list(same)}{too})")
     return told
 
 

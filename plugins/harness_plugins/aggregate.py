@@ -33,11 +33,12 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from harness import distances, hookimpl
-from harness.distances import blocks_of
+from harness.distances import blocks_of, fewest, of_a_block
 from harness.estimators import StreamedLogMeanExp, observation_blocks, sample_blocks
 from harness.evaluator import EvaluationRun, Evaluator, Kind, Measurement
 from harness.method import Fit
-from harness.posterior import HasDensity, HasPointDensity, Posterior
+from harness.options import UserError
+from harness.posterior import NO_FRESH_DRAWS, HasChains, HasDensity, HasPointDensity, Posterior
 from harness.problem import Problem
 
 MOST_DIMENSIONS = 3
@@ -66,7 +67,14 @@ class Aggregate(Evaluator):
     draws: Annotated[int, Field(ge=20)] = 10_000
     k: PositiveInt = 3
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.draws < fewest(self.k):
+            raise UserError(f"{self.name}: option k={self.k} needs draws={fewest(self.k)} at least, got {self.draws}")
+
     def undefined(self, fit: Fit, problem: Problem) -> str | None:
+        if isinstance(fit.posterior, HasChains):
+            return NO_FRESH_DRAWS
         known = isinstance(fit.posterior, HasPointDensity) or fit.model.latent_dim <= MOST_DIMENSIONS
         return None if known else UNKNOWN
 
@@ -80,7 +88,7 @@ class Aggregate(Evaluator):
             whole = _terms(log_q, log_of_mixture(fit.posterior, x, z), log_prior)
             found = {name: _averaged(terms) for name, terms in whole.items()}
             return _measured(run, indices, found, "unbiased", {**settings, "density": "known"})
-        parts = z.tensor_split(min(each, blocks_of(each * len(x), 2 * (self.k + 1))))
+        parts = z.tensor_split(min(each, blocks_of(each * len(x), of_a_block(self.k))))
         whole = _terms(log_q, log_by_neighbours(z, self.k), log_prior)
         blocks = _terms(log_q, torch.cat([log_by_neighbours(part, self.k) for part in parts]), log_prior)
         found = {name: _subsampled(whole[name], blocks[name].tensor_split(len(parts))) for name in whole}
@@ -167,8 +175,10 @@ def _measured(
 def _checked(information: Measurement) -> Measurement:
     """With a word on whether it is at most log N, as that of N encodings is: else an estimate is off."""
     excess = information.value - information.settings["log_n"]
-    settings = {**information.settings, "exceeds_log_n": bool(excess > 2 * information.stderr + 1e-6)}
-    return dataclasses.replace(information, settings=settings)
+    warning = ""
+    if excess > 2 * information.stderr + 1e-6:
+        warning = f"I(x; z) of {information.settings['encodings']:,} encodings is {excess:.2g} nats above log N"
+    return dataclasses.replace(information, warning=warning)
 
 
 @hookimpl

@@ -218,7 +218,9 @@ SETTINGS: dict[Scale, str] = {
     ),
     "paper": (
         "conv1 networks, batch 64, learning rates 1e-4 and, for adversaries, 2e-4 without decay, and 2,500,000 steps, "
-        "as in the released configurations before August 2017."
+        "as in the released configurations before August 2017; the numbers of basis functions and of their noise are "
+        "those of later configurations, of other networks. Discriminators have a quarter of the released ones' "
+        "channels and halve the images in each layer, since those take seconds a step on a CPU."
     ),
 }
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from harness import hookimpl
 from harness.distances import Distance, DrawsEvaluator, Target
+from harness.options import UserError
 from harness.seeding import isolated
 
 BOUNDS = "stochastic lower bound on (1 + total variation of q and p) / 2"
@@ -46,6 +47,11 @@ class C2ST(DrawsEvaluator):
     width: PositiveInt = 10
     folds: Annotated[int, Field(ge=2)] = 5
     epochs: PositiveInt = 1000
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples < self.folds:
+            raise UserError(f"{self.name}: option folds={self.folds} needs as many samples, got {self.samples}")
 
     def compare(self, z: Tensor, target: Target, stream: torch.Generator) -> Sequence[Distance]:
         draws = torch.cat([target.standardised(z), target.reference]).numpy()

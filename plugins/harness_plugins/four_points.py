@@ -33,6 +33,8 @@ class FourPoints(Problem):
     latent_dim: PositiveInt = 2
     width: PositiveInt = 64
     depth: NonNegativeInt = 2
+    pair_width: PositiveInt = 64
+    pair_depth: PositiveInt = 2
 
     @property
     def default_budget(self) -> str:
@@ -52,8 +54,8 @@ class FourPoints(Problem):
             depth=self.depth,
             activation="elu",
             pair="residual",
-            pair_width=64,
-            pair_depth=2,
+            pair_width=self.pair_width,
+            pair_depth=self.pair_depth,
             pair_activation="leaky-relu",
         )
 

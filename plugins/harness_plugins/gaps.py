@@ -41,7 +41,7 @@ from harness.estimators import observation_blocks, posterior_means, sample_block
 from harness.evaluator import EvaluationRun, Kind, Measurement
 from harness.method import Fit
 from harness.model import HasClosedForm, HasEvidence, LatentModel
-from harness.posterior import HasDensity, HasLocalFamily, LocalFamily
+from harness.posterior import NO_FRESH_DRAWS, HasChains, HasDensity, HasLocalFamily, LocalFamily
 from harness.problem import Problem
 
 Means = Mapping[str, tuple[Tensor, Tensor]]
@@ -98,6 +98,8 @@ class Gaps(AnnealedEvaluator):
     discriminator_steps: PositiveInt = discrimination.Check.steps
 
     def undefined(self, fit: Fit, problem: Problem) -> str | None:
+        if isinstance(fit.posterior, HasChains):
+            return NO_FRESH_DRAWS
         return None if isinstance(fit.model, HasEvidence) else self.unstartable(fit)
 
     def measure(self, fit: Fit, problem: Problem, run: EvaluationRun) -> list[Measurement]:

@@ -32,7 +32,7 @@ from harness.estimators import BLOCK_ELEMENTS, StreamedMean, sample_blocks
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
 from harness.method import Fit
 from harness.model import LOG_2PI, LatentModel
-from harness.posterior import Posterior
+from harness.posterior import NO_FRESH_DRAWS, HasChains, Posterior
 from harness.problem import Problem
 
 NOISE_SCALES = (0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -73,6 +73,9 @@ class Implicit(Evaluator):
     components: PositiveInt = 1000
     repetitions: Annotated[int, Field(ge=2)] = 10
     validation: PositiveInt = 50
+
+    def undefined(self, fit: Fit, problem: Problem) -> str | None:
+        return NO_FRESH_DRAWS if isinstance(fit.posterior, HasChains) else None
 
     def measure(self, fit: Fit, problem: Problem, run: EvaluationRun) -> list[Measurement]:
         _, indices = run.data.scored(self.observations)

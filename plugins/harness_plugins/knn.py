@@ -27,8 +27,9 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from harness import hookimpl
-from harness.distances import Distance, DrawsEvaluator, Target, blocks_of, over_blocks
+from harness.distances import Distance, DrawsEvaluator, Target, blocks_of, fewest, of_a_block, over_blocks
 from harness.method import Diverged
+from harness.options import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +48,16 @@ class NearestNeighbours(DrawsEvaluator):
     name: str = "knn"
     k: PositiveInt = 3
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples < fewest(self.k):
+            raise UserError(
+                f"{self.name}: option k={self.k} needs samples={fewest(self.k)} at least, got {self.samples}"
+            )
+
     def compare(self, z: Tensor, target: Target, stream: torch.Generator) -> Sequence[Distance]:
         q, p = _distinct(target.standardised(z)), target.reference
-        blocks = blocks_of(len(q), 2 * (self.k + 1))
+        blocks = blocks_of(len(q), of_a_block(self.k))
         if blocks < 2:
             raise Diverged(f"only {len(q):,} of {len(z):,} draws differ: too few for a density at k={self.k}")
         facts = {"distinct_draws": len(q), "fewer_draws": len(q) // blocks}

@@ -11,7 +11,7 @@ https://arxiv.org/abs/1701.02434
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -20,7 +20,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from harness import hookimpl
-from harness.method import CurvePoint, Diverged, Fit, Method, Run, unfit_for_one_posterior
+from harness.method import CurvePoint, Diverged, Fit, Method, Run, State, unfit_for_one_posterior
 from harness.model import LatentModel
 from harness.posterior import ChainPosterior
 from harness.problem import TrainingView
@@ -29,6 +29,10 @@ from harness.seeding import drawing_from
 LOG_EVERY = 100  # transitions
 STARTS = 100  # draws from the prior that a chain may try to start from
 FEWEST_DRAWS = 4  # that R-hat asks for
+
+
+Drawn = tuple[Tensor, list[int]]
+"""The draws of a chain, (n, D), and after which of them its integrator broke down."""
 
 
 class Potential:
@@ -49,7 +53,8 @@ class NUTS(Method):
 
     Chains run for their own numbers of transitions, whatever the budget in steps, examples or checks: a transition is
     no update of a parameter, and a warm-up that is cut short adapts to nothing. What they cost is in the gradient
-    evaluations and in the seconds. A budget in seconds is kept: each chain has an equal part of it, and ends early.
+    evaluations and in the seconds. A budget in seconds is kept: each chain has an equal part of it, and ends early. An
+    interrupted fit goes on with the chain that it was at.
 
     Args:
         chains: How many; each starts from a draw of its own from the prior.
@@ -73,13 +78,31 @@ class NUTS(Method):
 
     def fit(self, view: TrainingView, run: Run) -> Fit:
         potential = Potential(view.model.eval().requires_grad_(False), view.validation[:1])
-        found = [self._chain(i, potential, run) for i in range(self.chains)]
+        found = self._taken_up(potential, run)
+        while len(found) < self.chains:
+            found.append(self._chain(len(found), potential, run))
+            if len(found) < self.chains and run.checkpoint.due():
+                self._keep(found, potential, run)
         shortest = min(len(draws) for draws, _ in found)  # a budget in seconds may have ended them
         state = {
             "draws": torch.stack([draws[:shortest] for draws, _ in found])[:, :, None],
             "divergences": torch.tensor([sum(t < shortest for t in at) for _, at in found], device=run.device),
         }
         return self._fit(view, state, potential.gradients)
+
+    def _taken_up(self, potential: Potential, run: Run) -> list[Drawn]:
+        """The chains that an earlier run has ended; one that it was at starts anew, from its own streams."""
+        state = run.checkpoint.load()
+        if state is None:
+            return []
+        potential.gradients = state.facts["gradients"]
+        return [(state.tensors[f"chain {i}"], broken) for i, broken in enumerate(state.facts["divergences"])]
+
+    def _keep(self, found: Sequence[Drawn], potential: Potential, run: Run) -> None:
+        tensors = {f"chain {i}": draws for i, (draws, _) in enumerate(found)}
+        facts = {"gradients": potential.gradients, "divergences": [broken for _, broken in found]}
+        done = len(found)
+        run.checkpoint.save(State(tensors, facts), done * (self.warmup + self.draws), self._fraction(done, 0, run))
 
     def restore(self, view: TrainingView, state: Mapping[str, Tensor]) -> Fit:
         return self._fit(view, state, 0)
@@ -89,8 +112,8 @@ class NUTS(Method):
         posterior = ChainPosterior(state["draws"], state["divergences"])
         return Fit(model, posterior, state, gradient_evaluations=gradients)
 
-    def _chain(self, i: int, potential: Potential, run: Run) -> tuple[Tensor, list[int]]:
-        """The draws of a chain, (n, D), and after which of them its integrator broke down.
+    def _chain(self, i: int, potential: Potential, run: Run) -> Drawn:
+        """One chain, from its start to its end.
 
         Raises:
             Diverged: If log p(x, z) is not finite.

@@ -1,4 +1,4 @@
-"""`harness reproduce` end to end, with the experiment of the authors' guide, on a handful of steps."""
+"""`harness reproduce` end to end, with the experiment of the authors' guide and those of the paper, on few steps."""
 
 from __future__ import annotations
 
@@ -74,6 +74,18 @@ def test_an_experiment_is_run_reported_and_not_run_twice(run: Run) -> None:
     assert (code, err) == (0, "")
     assert out == done.stdout
     assert contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "figures"),
+    [("avb-toy", {"latent", "differences"}), ("avb-eight-schools", {"training", "marginals", "differences"})],
+)
+def test_experiments_of_the_paper_come_to_their_end(name: str, figures: set[str], run: Run) -> None:
+    code, out, _ = run("reproduce", name, "--scale", "smoke", "--seeds", "1", "--out", "here")
+    assert code == 0, out
+    assert {path.stem for path in Path("here/figures").iterdir()} == figures
+    statuses = pd.concat([pd.read_csv(path) for path in Path("here").glob("*/records.csv")])["status"]
+    assert set(statuses) <= {"ok", "skipped"}
 
 
 def test_a_failed_job_is_told_and_the_rest_goes_on(run: Run) -> None:

@@ -5,6 +5,7 @@ From synthetic records whose effects are known: observations differ by 8 nats in
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -20,7 +21,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from harness.record import COLUMNS, row
-from harness.report import convergence, figures
+from harness.report import convergence, doubts, figures
 from harness.report.build import tables_of
 from harness.report.entries import Entry, Panel
 from harness.report.markdown import write_report
@@ -647,7 +648,7 @@ def warned(text: str = "R-hat of mu is 1.230, above 1.01: chains disagree") -> R
 
 def test_a_fit_with_a_warning_is_marked_and_never_ahead(tmp_path: Path) -> None:
     store = warned()
-    note = "‡ nuts: r_hat_max by chains: R-hat of mu is 1.230, above 1.01: chains disagree (seed 0, likewise seed 2)"
+    note = "‡ nuts: r_hat_max by chains: R-hat of mu is 1.230, above 1.01: chains disagree (seeds 0, 2)"
     assert not any(row.best for row in table_of(store).rows)
     printed = text_of(store)
     assert "nuts ‡" in printed
@@ -659,6 +660,14 @@ def test_a_fit_with_a_warning_is_marked_and_never_ahead(tmp_path: Path) -> None:
     assert note.replace("r_hat_max", "r\\_hat\\_max") in report
     [line] = [line for line in report.splitlines() if "r\\_hat\\_max | chains" in line]
     assert "| 1.23 (warning) |" in line
+
+
+def test_warnings_of_other_seeds_may_have_other_numbers() -> None:
+    [row] = [row for row in table_of(warned()).rows if row.label == "nuts"]
+    texts = {("chains", "divergences"): {0: "diverged: 1", 1: "diverged: 3", 2: "diverged: 1"}}
+    row = dataclasses.replace(row, warnings=texts)
+    expected = "‡ nuts: divergences by chains: diverged: 1 (seeds 0, 2; with other numbers seed 1)"
+    assert doubts.of_warnings(row) == [expected]
 
 
 def test_without_a_warning_nothing_is_marked() -> None:

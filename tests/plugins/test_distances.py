@@ -21,10 +21,12 @@ from harness.distances import FLOOR, DrawsEvaluator, Target, over_blocks
 from harness.evaluator import EvaluationRun, Measurement
 from harness.method import Diverged, Fit
 from harness.model import HasExactDraws, HasModes, HasQuantities, LatentModel
+from harness.options import UserError
 from harness.posterior import Posterior
 from harness.problem import placed
 from harness.testing.small import SmallPosteriorProblem, SmallProblem, known_fit, view_of
 from harness_plugins import mmd
+from harness_plugins.aggregate import Aggregate
 from harness_plugins.c2st import C2ST
 from harness_plugins.exact import Exact
 from harness_plugins.knn import NearestNeighbours, divergence
@@ -521,3 +523,14 @@ def test_samples_have_a_least_number() -> None:
     options: dict[str, Any] = {"samples": 19}
     with pytest.raises(Exception, match="samples=19"):
         replace(NearestNeighbours(), **options)
+
+
+def test_what_neighbours_and_folds_need_is_said_at_once() -> None:
+    with pytest.raises(UserError, match="option k=5 needs samples=24 at least, got 23"):
+        NearestNeighbours(samples=23, k=5)
+    NearestNeighbours(samples=24, k=5)
+    with pytest.raises(UserError, match="option k=2500 needs draws=10004 at least, got 10000"):
+        Aggregate(k=2500)
+    Aggregate(k=2499)
+    with pytest.raises(UserError, match="option folds=21 needs as many samples, got 20"):
+        C2ST(samples=20, folds=21)

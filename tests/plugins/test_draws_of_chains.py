@@ -7,14 +7,17 @@ import pytest
 import torch
 
 from harness.distances import DrawsEvaluator
-from harness.evaluator import EvaluationRun, Measurement
+from harness.evaluator import EvaluationRun, Evaluator, Measurement
 from harness.method import Fit
 from harness.mixing import effective_draws
 from harness.model import HasExactDraws
-from harness.posterior import ChainPosterior
+from harness.posterior import NO_FRESH_DRAWS, ChainPosterior
 from harness.problem import placed
 from harness.testing.small import SmallPosteriorProblem, view_of
+from harness_plugins.aggregate import Aggregate
 from harness_plugins.c2st import C2ST
+from harness_plugins.gaps import Gaps
+from harness_plugins.implicit import Implicit
 from harness_plugins.knn import NearestNeighbours
 from harness_plugins.mmd import MMD
 from harness_plugins.modes import Modes
@@ -74,6 +77,13 @@ def test_shares_of_modes_count_what_the_draws_are_worth() -> None:
     for name, stderr in sticky.settings["share_stderrs"].items():
         ratio = stderr / independent.settings["share_stderrs"][name]
         assert ratio == pytest.approx(HELD**0.5, rel=0.25)
+
+
+@pytest.mark.parametrize("evaluator", [Aggregate(), Implicit(), Gaps()], ids=lambda evaluator: evaluator.name)
+def test_what_needs_fresh_draws_says_nothing_of_chains(evaluator: Evaluator) -> None:
+    problem = SmallPosteriorProblem()
+    posterior = ChainPosterior(torch.zeros(4, 5, 1, 2), torch.zeros(4, dtype=torch.int64))
+    assert evaluator.undefined(Fit(view_of(problem).model, posterior, {}), problem) == NO_FRESH_DRAWS
 
 
 def test_draws_are_worth_no_more_than_they_are() -> None:

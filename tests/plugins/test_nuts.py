@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
@@ -13,12 +14,13 @@ from torch import Tensor
 
 from harness.clock import Clock
 from harness.evaluator import EvaluationRun
-from harness.method import Budget, Diverged, Fit, Run
+from harness.method import Budget, Checkpoint, Diverged, Fit, Run, State
 from harness.mixing import diagnostics
 from harness.model import LatentModel, StandardNormalPrior
 from harness.posterior import ChainPosterior
 from harness.problem import Problem, placed
 from harness.seeding import Streams, seeded
+from harness.stopping import Stopped
 from harness.target import PosteriorProblem
 from harness.testing import SmallGaussianProblem, SmallProblem
 from harness.testing.small import view_of
@@ -28,9 +30,16 @@ from harness_plugins.nuts import NUTS
 CPU = torch.device("cpu")
 
 
-def fit(method: NUTS, problem: Problem, budget: str = "steps=1", clock: Clock | None = None) -> Fit:
+def fit(
+    method: NUTS,
+    problem: Problem,
+    budget: str = "steps=1",
+    clock: Clock | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> Fit:
     view, streams = view_of(problem), Streams(0, problem.label, method.name, CPU)
     run = Run(CPU, torch.float64, Budget.parse(budget), streams, clock or Clock(CPU))
+    run.checkpoint = checkpoint or run.checkpoint
     with seeded(0):
         return method.fit(view, run)
 
@@ -179,6 +188,33 @@ def test_a_budget_in_seconds_is_shared_by_the_chains() -> None:
     assert 15 <= chains_of(found).shape[1] <= 20
     with pytest.raises(RuntimeError, match="the time of chain 0 was over after 9 transitions, of which 10 are warm-up"):
         fit(NUTS(chains=2, warmup=10, draws=500, max_tree_depth=2), SmallGaussianProblem(), "seconds=20", Ticking())
+
+
+class AfterEveryChain(Checkpoint):
+    """Kept in memory; a run ends with each state."""
+
+    state: State | None = None
+
+    def load(self) -> State | None:
+        return self.state
+
+    def due(self) -> bool:
+        return True
+
+    def save(self, state: State, step: int, fraction: float) -> None:
+        assert fraction == pytest.approx(step / 240)
+        self.state = State({name: tensor.clone() for name, tensor in state.tensors.items()}, copy.deepcopy(state.facts))
+        raise Stopped
+
+
+def test_an_interrupted_fit_keeps_its_chains() -> None:
+    method, checkpoint = NUTS(warmup=30, draws=30), AfterEveryChain()
+    for _ in range(method.chains - 1):
+        with pytest.raises(Stopped):
+            fit(method, SmallGaussianProblem(), checkpoint=checkpoint)
+    parts, whole = fit(method, SmallGaussianProblem(), checkpoint=checkpoint), fit(method, SmallGaussianProblem())
+    assert torch.equal(chains_of(parts), chains_of(whole))
+    assert parts.gradient_evaluations == whole.gradient_evaluations
 
 
 def test_pyro_is_left_as_it_was() -> None:
