@@ -67,7 +67,7 @@ def test_seconds_per_transition(benchmark: BenchmarkFixture, forces: Forces) -> 
     times = take_turns(benchmark, ways, rounds=9)
     tell(
         benchmark,
-        f"annealing, 100 images of 784 pixels, 16 chains, 10 leapfrog steps, forces in {path.forces}",
+        f"annealing, 100 images of 784 pixels, 16 chains, 10 leapfrog steps, forces={forces}, in {path.forces}",
         device=DEVICE.type,
         ratios=times_as_fast(times, "harness", of_one=transitions),
     )
