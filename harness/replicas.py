@@ -86,7 +86,7 @@ class Replica:
         observations = self.view.validation
         copies = max(1, VALIDATION_BATCH // len(observations))  # more noise where there are few observations
         total, n = 0.0, copies * len(observations)
-        with self.run.clock.paused(), torch.no_grad():
+        with self.run.clock.paused(), torch.no_grad(), unvalidated():
             self.modules.eval()
             for x in observations.repeat(copies, *[1] * (observations.ndim - 1)).split(VALIDATION_BATCH):
                 losses = self.losses(self.modules, x, noise.draw(len(x)))

@@ -137,15 +137,16 @@ class Recorded(Gradients):
                 expected, gradients = _of(names, losses).detach(), differentiated(losses, movers)
             with self.together.buffers_kept():
                 _, found, *pieces = self._replayed(names, drawn)
-            finite = expected.isfinite()  # else the fit has diverged, and says so itself
+            finite = expected.isfinite()  # what is not has diverged, in one way or another
             close = CLOSE[self.together.low_precision]
-            if not torch.allclose(found[finite], expected[finite], rtol=close, atol=close):
+            same = torch.equal(found.isfinite(), finite)
+            if not (same and torch.allclose(found[finite], expected[finite], rtol=close, atol=close)):
                 raise RuntimeError(
                     f"losses {', '.join(names)} are {expected.tolist()} as they are written and {found.tolist()} as "
                     f"they were recorded: {REMEDY}"
                 )
             for name, own, others in zip(names, gradients, _of_each(movers, pieces), strict=True):
-                _compare(name, own, others)
+                compare(name, own, others)
 
     def _replayed(self, names: tuple[str, ...], drawn: Drawn) -> Sequence[Tensor]:
         with torch.no_grad():
@@ -185,11 +186,11 @@ class Recorded(Gradients):
             return recording
 
 
-def _compare(name: str, expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
+def compare(name: str, expected: Sequence[Tensor], found: Sequence[Tensor]) -> None:
     """Raise if the gradients of a loss, each in pieces (R, n), are further apart than rounding explains."""
     written, recorded = (torch.cat([*pieces], dim=1) for pieces in (expected, found))
     size, apart = (torch.linalg.vector_norm(each, dim=1) for each in (written, recorded - written))
-    if bool((apart > GRADIENTS_CLOSE * size)[size.isfinite()].any()):
+    if not bool((apart <= GRADIENTS_CLOSE * size)[size.isfinite()].all()):
         raise RuntimeError(
             f"the gradient of {name} has a norm of {size.tolist()} as it is written and is {apart.tolist()} off as it "
             f"was recorded: {REMEDY}"

@@ -78,3 +78,5 @@ def write_distribution(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if item.get_closest_marker("compiler") and not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("needs a C++ compiler")

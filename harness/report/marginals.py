@@ -88,7 +88,7 @@ def _plane(names: tuple[str, str], shown: Galleries) -> _Plane | None:
 
 
 def _estimated(draws: Array) -> Density | None:
-    """None without draws."""
+    """By kernels around the draws, (M, 2); None without any."""
     if not len(draws):
         return None
     from scipy.stats import gaussian_kde

@@ -96,7 +96,8 @@ class NUTS(Method):
         if state is None:
             return []
         potential.gradients = state.facts["gradients"]
-        return [(state.tensors[f"chain {i}"], broken) for i, broken in enumerate(state.facts["divergences"])]
+        divergences = enumerate(state.facts["divergences"])
+        return [(state.tensors[f"chain {i}"].to(run.device), broken) for i, broken in divergences]
 
     def _keep(self, found: Sequence[Drawn], potential: Potential, run: Run) -> None:
         tensors = {f"chain {i}": draws for i, (draws, _) in enumerate(found)}

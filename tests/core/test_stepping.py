@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,10 +126,7 @@ def test_so_it_does_for_seeds_at_once(method: GradientMethod) -> None:
         assert_equal(eager, graph)
 
 
-needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-
-
-@needs_compiler
+@pytest.mark.compiler
 def test_compiled_steps_sum_in_another_order() -> None:
     """200 steps amplify what rounding in float64 makes of that to less than 1e-8."""
     method = AVB(batch_size=16, noise_dim=3, clip_norm=0.3)
@@ -140,7 +136,7 @@ def test_compiled_steps_sum_in_another_order() -> None:
     assert run.clock.seconds["compile"] > 0
 
 
-@needs_compiler
+@pytest.mark.compiler
 def test_one_compiled_step_in_single_precision() -> None:
     method = VAE(batch_size=16)
     (eager, _), (compiled, _) = (fitted(method, step, "steps=1", torch.float32) for step in ("eager", "compile"))
@@ -148,7 +144,7 @@ def test_one_compiled_step_in_single_precision() -> None:
     assert_close(eager.state, compiled.state, 1e-5)
 
 
-@needs_compiler
+@pytest.mark.compiler
 def test_compiled_steps_of_seeds_at_once() -> None:
     method = VAE(batch_size=16, clip_norm=0.3)
     for eager, compiled in zip(together(method, "eager"), together(method, "compile"), strict=True):
@@ -288,6 +284,16 @@ def test_so_is_one_that_enters_only_the_gradient() -> None:
     assert fitted(ForgetfulGradient(batch_size=16), "eager")[0].step_used == "eager"
     with pytest.raises(RuntimeError, match=r"gradient of negative_elbo .* must be in buffers of the modules"):
         fitted(ForgetfulGradient(batch_size=16), "graph")
+
+
+def test_gradients_that_are_no_numbers_are_an_error_where_those_as_written_are() -> None:
+    """What is not finite as it is written is a fit that has diverged."""
+    one, off, bad = torch.ones(2, 3), torch.full((2, 3), 1.2), torch.full((2, 3), torch.nan)
+    stepping.compare("loss", [one, one], [one, 1.05 * one])
+    stepping.compare("loss", [bad], [one])
+    for found in (off, bad):
+        with pytest.raises(RuntimeError, match="the gradient of loss"):
+            stepping.compare("loss", [one], [found])
 
 
 @dataclass(frozen=True, kw_only=True)
