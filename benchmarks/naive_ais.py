@@ -5,7 +5,8 @@ r"""Annealed importance sampling as it is usually written, to compare the speed 
 Correct, but not clever: it starts from the prior, along a linear schedule, with Hamiltonian Monte Carlo of one fixed
 step size. A transition of L leapfrog steps takes L + 1 gradients, each of a graph of its own through the
 log-likelihood of a model whose weights require gradients, and four more passes: two for the change of the weight and
-two for the energies at both ends. Weights are kept in the model's own precision.
+two for the energies at both ends. Weights are kept in the model's own precision. Public code (BDMC,
+https://github.com/lxuechen/BDMC) takes as many of both, and writes the likelihood in elementary functions.
 """
 
 from __future__ import annotations
@@ -16,9 +17,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.model import LatentModel
+from harness.model import DecoderModel, LatentModel
 
 LogDensity = Callable[[Tensor], Tensor]
+LogLikelihood = Callable[[LatentModel, Tensor, Tensor], Tensor]
+"""log p(x|z) of a model for pairs: x (S, *E) and z (S, D) -> (S,)."""
+
+
+def own(model: LatentModel, x: Tensor, z: Tensor) -> Tensor:
+    """As the model has it."""
+    return model.log_likelihood(x, z)
+
+
+def elementary(model: LatentModel, x: Tensor, z: Tensor) -> Tensor:
+    """Of binary elements, function by function: each is a pass over all logits, and another one for its derivative."""
+    assert isinstance(model, DecoderModel)
+    x, logits = x.flatten(1), model.decoder(z)
+    return (x * logits - torch.relu(logits) - torch.log(1 + torch.exp(-logits.abs()))).sum(1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +43,14 @@ class NaiveAIS:
     Args:
         temperatures: T; each has one transition.
         step: Step size, the same for all observations and temperatures.
+        likelihood: How log p(x|z) is written.
     """
 
     temperatures: int
     chains: int = 16
     leapfrog: int = 10
     step: float = 0.01
+    likelihood: LogLikelihood = own
 
     def log_weights(self, model: LatentModel, x: Tensor, stream: torch.Generator) -> Tensor:
         """log w with E[w] = p(x): x (N, *E) -> (chains, N), nats."""
@@ -41,11 +58,15 @@ class NaiveAIS:
         z = model.sample_prior(len(repeated), stream)
         log_w = torch.zeros(len(repeated), device=z.device, dtype=z.dtype)
         for t in range(self.temperatures):
-            before = tempered(model, repeated, t / self.temperatures)
-            after = tempered(model, repeated, (t + 1) / self.temperatures)
+            before = self.tempered(model, repeated, t / self.temperatures)
+            after = self.tempered(model, repeated, (t + 1) / self.temperatures)
             log_w += (after(z) - before(z)).detach()
             z = self.transition(after, z, stream)
         return log_w.view(self.chains, -1)
+
+    def tempered(self, model: LatentModel, x: Tensor, beta: float) -> LogDensity:
+        """log p(z) + beta log p(x|z) for pairs of an observation and a latent: (S, D) -> (S,)."""
+        return lambda z: model.log_prior(z) + beta * self.likelihood(model, x, z)
 
     def transition(self, log_f: LogDensity, z: Tensor, stream: torch.Generator) -> Tensor:
         """Hamiltonian Monte Carlo with log density log_f: z (S, D) -> (S, D)."""
@@ -59,11 +80,6 @@ class NaiveAIS:
         log_ratio = (log_f(end) - log_f(z)).detach() + kinetic
         accepted = torch.rand(len(z), generator=stream, device=z.device, dtype=z.dtype) < log_ratio.exp()
         return torch.where(accepted[:, None], end, z)
-
-
-def tempered(model: LatentModel, x: Tensor, beta: float) -> LogDensity:
-    """log p(z) + beta log p(x|z) for pairs of an observation and a latent: (S, D) -> (S,)."""
-    return lambda z: model.log_prior(z) + beta * model.log_likelihood(x, z)
 
 
 def gradient(log_f: LogDensity, z: Tensor) -> Tensor:

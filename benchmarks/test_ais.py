@@ -35,7 +35,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import harness
 from benchmarks.mnist_sized import CHAINS, LEAPFROG, annealed, annealing_path, stream
-from benchmarks.naive_ais import NaiveAIS
+from benchmarks.naive_ais import LogLikelihood, NaiveAIS, elementary, own
 from benchmarks.turns import CPU, DEVICE, Median, take_turns, tell, times_as_fast
 from harness.annealing import Forces
 from harness.estimators import StreamedLogMeanExp
@@ -56,13 +56,18 @@ NAIVE_STEPS = [0.01, 0.1]  # what public code sets out from, and what a patient 
 
 @pytest.mark.parametrize("forces", ["auto", "full"])
 def test_seconds_per_transition(benchmark: BenchmarkFixture, forces: Forces) -> None:
-    """As it is by default, and with nothing in lower precision."""
+    """By default, and with nothing in lower precision; the naive one with our likelihood and with that of others."""
     transitions = 4
     path, model, x = annealing_path(100, forces=forces, device=DEVICE)
-    naive = NaiveAIS(temperatures=transitions, chains=CHAINS, leapfrog=LEAPFROG)
+
+    def naive(likelihood: LogLikelihood) -> Callable[[], torch.Tensor]:
+        written = NaiveAIS(temperatures=transitions, chains=CHAINS, leapfrog=LEAPFROG, likelihood=likelihood)
+        return lambda: written.log_weights(model, x, stream(0, DEVICE))
+
     ways = {
         "harness": lambda: annealed(path, transitions, DEVICE),
-        "naive": lambda: naive.log_weights(model, x, stream(0, DEVICE)),
+        "naive": naive(own),
+        "naive, likelihood as in public code": naive(elementary),
     }
     times = take_turns(benchmark, ways, rounds=9)
     tell(
@@ -302,6 +307,13 @@ def test_the_naive_weights_are_unbiased() -> None:
     stderr = ratio.std(0) / math.sqrt(naive.chains)
     assert (stderr < 0.1).all()
     assert ((ratio.mean(0) - 1).abs() < 4 * stderr).all()
+
+
+def test_both_ways_to_write_the_likelihood_agree() -> None:
+    _, model, x = annealing_path(5)
+    z = torch.randn(5, 32, generator=stream(1))
+    with torch.no_grad():
+        torch.testing.assert_close(elementary(model, x, z), own(model, x, z), rtol=1e-5, atol=1e-3)
 
 
 def test_the_naive_estimate_approaches_the_closed_form() -> None:

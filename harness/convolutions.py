@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.memory import in_pieces, joined
-from harness.nn import ACTIVATIONS, MLP, Activation, Trunk, linear
+from harness.nn import ACTIVATIONS, MLP, Activation, Trunk, centred, linear
 
 KERNEL, PADDING = 5, 2
 PIECE_ELEMENTS = 2**21  # of the largest map of a piece: 8 MiB in float32
@@ -147,7 +147,7 @@ class ConvolutionalTrunk(Trunk):
     def _first(self, x: Tensor) -> Tensor:
         """The first convolution: (B, *E) -> (B, C, H, W)."""
         h = x.reshape(-1, 1, *self.size)
-        return self.convolutions[0](2 * h - 1 if self.centre else h)
+        return self.convolutions[0](centred(h) if self.centre else h)
 
     def _features(self, h: Tensor, injected: Tensor | None = None) -> Tensor:
         """What follows on the first convolution: (B, C, H, W) and (B, injected) -> (B, features)."""

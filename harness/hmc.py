@@ -80,25 +80,26 @@ class DecoderDensity(Density):
     are constants, so that only the part of the graph that leads to z is made.
 
     Args:
-        force_decoder: Gradients without a value go through this copy of the decoder, of the precision ``forces``.
+        force_decoder, force_x: Gradients without a value are of these copies, which may be of lower precision.
     """
 
     model: DecoderModel
     x: Tensor
     force_decoder: nn.Module
-    forces: torch.dtype
+    force_x: Tensor
 
     def value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
         z, outputs = _decode(self.model.decoder, z)
         decoded = outputs.detach()
         value = self.model.likelihood.log_prob(self.x, decoded) + self.model.log_prior(z.detach())
-        return value, self._pull_back(z, outputs) - z.detach()
+        return value, self._pull_back(self.x, z, outputs) - z.detach()
 
     def gradient(self, z: Tensor) -> Tensor:
-        return self._pull_back(*_decode(self.force_decoder, z.to(self.forces))).to(z.dtype).sub(z)
+        force = self._pull_back(self.force_x, *_decode(self.force_decoder, z.to(self.force_x.dtype)))
+        return force.to(z.dtype).sub(z)
 
-    def _pull_back(self, z: Tensor, outputs: Tensor) -> Tensor:
-        score = self.model.likelihood.score(self.x, outputs.detach())
+    def _pull_back(self, x: Tensor, z: Tensor, outputs: Tensor) -> Tensor:
+        score = self.model.likelihood.score(x, outputs.detach())
         (gradient,) = torch.autograd.grad(outputs, z, score.to(outputs.dtype))
         return gradient
 
@@ -118,8 +119,10 @@ def joint_density(model: LatentModel, x: Tensor, forces: torch.dtype | None = No
     """
     if not is_plain_decoder(model):
         return FunctionDensity(lambda z: model.log_joint(x, z))
-    decoder = model.decoder if forces is None else copy.deepcopy(model.decoder).to(forces)
-    return DecoderDensity(model, x.flatten(1), decoder, forces or x.dtype)
+    x = x.flatten(1)
+    if forces is None:
+        return DecoderDensity(model, x, model.decoder, x)
+    return DecoderDensity(model, x, copy.deepcopy(model.decoder).to(forces), x.to(forces))
 
 
 def is_plain_decoder(model: LatentModel) -> TypeGuard[DecoderModel]:

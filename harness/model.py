@@ -196,7 +196,8 @@ class BernoulliLikelihood(Likelihood):
         return _inner(outputs, x) - softplus(outputs).sum(-1)
 
     def score(self, x: Tensor, outputs: Tensor) -> Tensor:
-        return x - outputs.sigmoid()
+        mean = outputs.sigmoid()
+        return torch.sub(x, mean, out=mean)  # in place: this is most of what a gradient takes besides matrix products
 
     def mean(self, outputs: Tensor) -> Tensor:
         return outputs.sigmoid()

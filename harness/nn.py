@@ -34,6 +34,11 @@ def linear(inputs: int, outputs: int, *, bias: bool = True, zero: bool = False) 
     return layer
 
 
+def centred(x: Tensor) -> Tensor:
+    """From [0, 1] to [-1, 1]: 2 x - 1, in one pass."""
+    return torch.rsub(x, -1, alpha=-2)
+
+
 class MLP(nn.Module):
     """``depth`` hidden layers of ``width``, then a linear layer: (..., inputs) -> (..., outputs)."""
 
@@ -91,7 +96,7 @@ class EncoderTrunk(Trunk):
         if (noise is None) != (self.noise_dim == 0):
             raise ValueError(f"trunk built with noise_dim={self.noise_dim}, called with noise={noise is not None}")
         h = x.flatten(1)
-        h = 2 * h - 1 if self.centre else h
+        h = centred(h) if self.centre else h
         if noise is None or self.injection is None:
             for layer in self.layers:
                 h = self.activation(layer(h))
@@ -133,7 +138,7 @@ class ResidualPairTrunk(Trunk):
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """x (N, *E) and z (..., N, D) -> (..., N, features)."""
         h = x.flatten(1)
-        h = self.from_x(2 * h - 1 if self.centre else h) + self.from_z(z)
+        h = self.from_x(centred(h) if self.centre else h) + self.from_z(z)
         for first, second in zip(self.first, self.second, strict=True):
             h = torch.add(h, second(self.activation(first(self.activation(h)))), alpha=self.branch)
         return self.activation(h)
@@ -159,7 +164,7 @@ class InnerProductPairTrunk(Trunk):
     def forward(self, x: Tensor, z: Tensor) -> Tensor:
         """x (N, *E) and z (..., N, D) -> (..., N, features)."""
         h = x.flatten(1)
-        f, h_x = self.from_x(2 * h - 1 if self.centre else h).split(self.sizes, dim=-1)
+        f, h_x = self.from_x(centred(h) if self.centre else h).split(self.sizes, dim=-1)
         g, k_z = self.from_z(z).split(self.sizes, dim=-1)
         return torch.cat([f * g, h_x.expand_as(k_z), k_z], dim=-1)
 

@@ -178,7 +178,7 @@ class Adam:
             gradients = [piece * factors for piece in gradients]  # not in place: two may be one tensor
         for lr, (beta1, beta2), block, count, (parameters, first, second) in self.blocks:
             count += 1
-            own = [piece[block] for piece in gradients]
+            own = [piece[block] for piece in gradients] if len(self.blocks) > 1 else [*gradients]
             torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
                 parameters, own, first, second, [], [count] * len(own), lr=lr * self.factor, beta1=beta1, beta2=beta2,
                 weight_decay=0.0, eps=EPSILON, amsgrad=False, maximize=False,

@@ -17,8 +17,12 @@ Precision = Literal["float32", "bf16", "float64"]
 and optimisers among it, is in float32, and so is every evaluation."""
 
 LAYERS = frozenset(
-    {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.bilinear}
-)
+    {
+        F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d, F.bilinear,
+        torch.baddbmm,
+    }
+)  # fmt: skip
+"""Of networks; the last is what a layer is in many networks at once."""
 
 
 def parse_precision(text: str) -> Precision:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import harness
+from harness.adaptive_contrast import BasisNetworks
 from harness.options import UserError
 from harness.players import Modules, Noise
 from harness.precision import Products
@@ -41,7 +42,7 @@ def uniform(*shape: int) -> Tensor:
 @pytest.mark.parametrize(
     ("layer", "x"),
     [(nn.Linear(7, 5), uniform(4, 7)), (nn.Conv2d(1, 2, 3), uniform(4, 1, 5, 5)),
-     (nn.ConvTranspose2d(1, 2, 3), uniform(4, 1, 5, 5))],
+     (nn.ConvTranspose2d(1, 2, 3), uniform(4, 1, 5, 5)), (BasisNetworks(2, 3, 5, 4, 0), uniform(4, 2, 3))],
 )  # fmt: skip
 def test_a_layer_multiplies_in_bfloat16_and_gives_back_what_it_got(layer: nn.Module, x: Tensor) -> None:
     with Products(BF16):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -74,9 +75,9 @@ def run_of(
 
 def fitted(
     method: GradientMethod, step: str, budget: str = "steps=50", dtype: torch.dtype = DOUBLE,
-    device: torch.device = CPU, problem: Problem = PROBLEM,
+    device: torch.device = CPU, problem: Problem = PROBLEM, seed: int = 0,
 ) -> tuple[Fit, Run]:  # fmt: skip
-    run = run_of(method, step, budget, dtype, device)
+    run = run_of(method, step, budget, dtype, device, seed)
     view = problem.training_view(placed(problem, device, run.dtype), run.streams)
     with run.clock.phase("fit"), run.streams.initial_weights(shared=False):
         return method.fit(view, run), run
@@ -136,12 +137,25 @@ def test_compiled_steps_sum_in_another_order() -> None:
     assert run.clock.seconds["compile"] > 0
 
 
-@pytest.mark.compiler
-def test_one_compiled_step_in_single_precision() -> None:
+def assert_same_in_single_precision(mode: str, device: torch.device) -> None:
+    """One step tightly, and the curve of 200 by what it varies over seeds."""
     method = VAE(batch_size=16)
-    (eager, _), (compiled, _) = (fitted(method, step, "steps=1", torch.float32) for step in ("eager", "compile"))
-    assert compiled.step_used == "compile"
-    assert_close(eager.state, compiled.state, 1e-5)
+
+    def single(step: str, budget: str, seed: int = 0) -> tuple[Fit, np.ndarray]:
+        fit, run = fitted(method, step, budget, torch.float32, device, seed=seed)
+        assert fit.step_used == step
+        return fit, np.array([point.objective for point in run.curve])
+
+    assert_close(single("eager", "steps=1")[0].state, single(mode, "steps=1")[0].state, 1e-5)
+    eager = np.stack([single("eager", "steps=200", seed)[1] for seed in range(5)])
+    assert eager.shape[1] > 5
+    noise = eager.std(axis=0, ddof=1)
+    assert (np.abs(single(mode, "steps=200")[1] - eager[0]) < noise / 10).all()
+
+
+@pytest.mark.compiler
+def test_compiled_steps_in_single_precision() -> None:
+    assert_same_in_single_precision("compile", CPU)
 
 
 @pytest.mark.compiler
@@ -496,6 +510,13 @@ def test_a_graph_is_held_against_steps(captured: type[Replayed], monkeypatch: py
     monkeypatch.setattr(players.Adam, "rescale", lambda self, factor: setattr(self, "factor", factor))
     with pytest.raises(RuntimeError, match=r"flat is .* after a step and .* by its CUDA graph"):
         fitted(VAE(batch_size=16, lr_decay=1e-4), "graph")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["graph", "compile"])
+def test_on_cuda_in_single_precision(mode: str) -> None:
+    assert_same_in_single_precision(mode, torch.device("cuda"))
 
 
 @pytest.mark.gpu
