@@ -69,7 +69,7 @@ def test_seconds_per_transition(benchmark: BenchmarkFixture, forces: Forces) -> 
         "naive": naive(own),
         "naive, likelihood as in public code": naive(elementary),
     }
-    times = take_turns(benchmark, ways, rounds=9)
+    times = take_turns(benchmark, ways, rounds=21)
     tell(
         benchmark,
         f"annealing, 100 images of 784 pixels, 16 chains, 10 leapfrog steps, forces={forces}, in {path.forces}",

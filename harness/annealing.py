@@ -45,7 +45,7 @@ STANDING_LATENTS = (
     9  # what is kept of all chains at once: states before and after a move with two gradients each, noise
 )
 PILOT_PART, PILOT_LEAST = 8, 64  # the pilot has an eighth of the temperatures, at least 64
-PILOT_CHAINS = 16
+PILOT_CHAINS = 4, 16  # as many as the run has, within these
 BF16_PARAMETERS = 100_000  # of a decoder; below it is not the matrix products that take the time
 SEARCH = 30  # transitions at the first temperature, to find the order of magnitude of the step
 GAIN = 0.5  # of the pilot's adaptation, per transition
@@ -151,7 +151,9 @@ class Annealing:
         frozen = copy.deepcopy(model).eval().requires_grad_(False)
         self.start, self.chains, self.leapfrog, self.observations = start, chains, leapfrog, len(x)
         self.forces = str(forces or x.dtype).removeprefix("torch.")
-        size = _block_size(frozen, x, start, max(chains, PILOT_CHAINS), memory)
+        fewest, most = PILOT_CHAINS
+        self.pilot_chains = min(most, max(fewest, chains))
+        size = _block_size(frozen, x, start, max(chains, self.pilot_chains), memory)
         self.blocks = [slice(first, min(first + size, len(x))) for first in range(0, len(x), size)]
         self.paths = [Path(start.density(block), joint_density(frozen, x[block], forces)) for block in self.blocks]
 
@@ -162,7 +164,7 @@ class Annealing:
         over the chains of an observation (Andrieu and Thoms 2008, https://doi.org/10.1007/s11222-008-9110-y).
         """
         coarse = schedule(kind, max(PILOT_LEAST, temperatures // PILOT_PART))[1:-1]
-        z = self.start.sample(PILOT_CHAINS, stream)
+        z = self.start.sample(self.pilot_chains, stream)
         states = self._states(z)
         log_step = torch.full_like(z[0, :, 0], math.log(0.5) - 0.25 * math.log(z.shape[-1]))
         found: list[Tensor] = []

@@ -29,7 +29,7 @@ MODEL: dict[Scale, str] = {"smoke": ",width=32", "laptop": "", "paper": ",model=
 STEPS: dict[Scale, int] = {"smoke": 20, "laptop": 20_000, "paper": 2_500_000}
 ANNEALING: dict[Scale, str] = {
     "smoke": "chains=4,temperatures=20",
-    "laptop": "chains=2,temperatures=250",
+    "laptop": "chains=2,temperatures=500",
     "paper": "chains=8,temperatures=2000",
 }
 SCORED: dict[Scale, tuple[int, int]] = {"smoke": (20, 20), "laptop": (1000, 100), "paper": (2000, 200)}
