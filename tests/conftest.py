@@ -21,6 +21,8 @@ def pytest_configure() -> None:
     """Before collection, which looks at the registered data sets already."""
     _SURROUNDINGS.setenv("HARNESS_DATA", tempfile.mkdtemp(prefix="harness-data-"))
     _SURROUNDINGS.setenv("MPLBACKEND", "Agg")
+    for name in ("COLUMNS", "LINES"):  # of a terminal, which tests have none of: parallel ones inherit them
+        _SURROUNDINGS.delenv(name, raising=False)
     # The networks of tests are so small that a second thread costs more than it brings; the variable is for processes.
     _SURROUNDINGS.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)

@@ -302,7 +302,7 @@ def test_results_do_not_depend_on_the_memory(kind: str) -> None:
     scale = torch.full((10, 8), 0.9, dtype=DOUBLE)
     start = GaussianStart(scale, 0.1 * scale) if kind == "gaussian" else PriorStart(scale, model)
     found: list[tuple[int, Tensor, Weights, Weights]] = []
-    for memory in (MEMORY, 2**19):
+    for memory in (MEMORY, 2**17):
         path = Annealing(model, x, start, 4, 1, memory)
         kernels = path.tuned("sigmoid", 10, 0.65, stream(3))
         forward, reverse = path.forward(kernels, stream(4)), path.reverse(kernels, scale, stream(5))
