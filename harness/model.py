@@ -197,7 +197,7 @@ class BernoulliLikelihood(Likelihood):
 
     def score(self, x: Tensor, outputs: Tensor) -> Tensor:
         mean = outputs.sigmoid()
-        return torch.sub(x, mean, out=mean)  # in place: this is most of what a gradient takes besides matrix products
+        return torch.sub(x, mean, out=mean)  # in place: it is as large as all logits
 
     def mean(self, outputs: Tensor) -> Tensor:
         return outputs.sigmoid()
