@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.estimators import StreamedLogMeanExp
+from harness.estimators import LogMeanExp
 from harness.hmc import Path, Randomness, State, is_plain_decoder, joint_density, transition
 from harness.memory import allocated
 from harness.model import LatentModel
@@ -96,11 +96,9 @@ class Weights:
     running: Tensor
     forces: str
 
-    def estimate(self) -> StreamedLogMeanExp:
+    def estimate(self) -> LogMeanExp:
         """log mean w over the chains, with its error and the effective number of chains."""
-        found = StreamedLogMeanExp()
-        found.add(self.log_w)
-        return found
+        return LogMeanExp(self.log_w)
 
     def diagnostics(self) -> dict[str, float | str]:
         """Acceptance, the effective number of chains of the final weights, and the forces' precision."""

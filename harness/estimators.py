@@ -86,7 +86,8 @@ class StreamedLogMeanExp:
     .. math:: \hat\sigma^2(\log \bar w) = \frac{1}{S} \frac{\operatorname{Var}(w)}{\bar w^2},
               \quad \mathrm{ESS} = (\textstyle\sum w)^2 / \sum w^2
 
-    Sums are kept as logarithms in float64. A weight of zero (log w = -inf) counts as a sample.
+    Sums are kept as logarithms in float64. A weight of zero (log w = -inf) counts as a sample. The error cannot exceed
+    1 nat: where few weights are nearly everything it is too small, as the effective sample size shows.
     """
 
     def __init__(self) -> None:
@@ -117,6 +118,34 @@ class StreamedLogMeanExp:
     def stderr(self) -> Tensor:
         """Standard error of `value`, shape (N,); nan for a single weight."""
         return _delta_method(self._log_sum, self._log_sum_squares, self.n)
+
+
+class LogMeanExp(StreamedLogMeanExp):
+    r"""The same of weights that are all at hand, (S, N), with the jackknife's error.
+
+    .. math:: \hat\sigma^2 = \frac{S-1}{S} \sum_s \bigl(\theta_s - \bar\theta\bigr)^2,
+              \quad \theta_s = \log \tfrac{1}{S-1} \textstyle\sum_{t \ne s} w_t
+
+    Weights that differ by nats have it within a seventh of the truth even if they are two, where the delta method's
+    stops at 1. Efron, Stein 1981, https://doi.org/10.1214/aos/1176345462
+    """
+
+    def __init__(self, log_w: Tensor) -> None:
+        super().__init__()
+        self.add(log_w)
+        self._log_w = log_w.double()
+
+    def stderr(self) -> Tensor:
+        """Standard error of `value`, shape (N,); the delta method's where all weights but one are zero."""
+        usual = super().stderr()
+        if self.n < 2:
+            return usual
+        none = torch.full_like(self._log_w[:1], -math.inf)
+        before = torch.cat([none, self._log_w[:-1].logcumsumexp(0)])
+        after = torch.cat([self._log_w.flip(0)[:-1].logcumsumexp(0).flip(0), none])
+        without = torch.logaddexp(before, after)
+        squares = (without - without.mean(0)).square().sum(0)
+        return torch.where(squares.isfinite(), torch.sqrt(squares * (self.n - 1) / self.n), usual)
 
 
 def _delta_method(log_sum: Tensor, log_sum_squares: Tensor, n: int) -> Tensor:

@@ -91,6 +91,8 @@ class Owned:
 
     def batched(self) -> dict[str, Tensor]:
         """The parameters of all replicas by name, (R, *shape): views of the same memory, to differentiate with."""
+        if not self.parameters:
+            return {}
         self.parameters = [
             part.view(len(self.rows), *parameter.shape).detach().requires_grad_()
             for part, parameter in zip(self._parts(self.flat), self.parameters, strict=True)

@@ -145,13 +145,15 @@ class Difference:
 
     @property
     def margin(self) -> float:
-        """What the difference has to exceed: two standard errors, more for few seeds; infinite for one."""
+        """What the difference has to exceed: two standard errors, more for few seeds; infinite for one of either."""
         test = (
             student(self.n_observations) * self.stderr_test
             if self.stderr_test
             else STANDARD_ERRORS * self.stderr_estimator
         )
-        return math.hypot(student(len(self.per_seed)) * self.stderr_seeds, test) if not self.one_seed else math.inf
+        if self.one_seed or math.isnan(test):  # one observation has no spread
+            return math.inf
+        return math.hypot(student(len(self.per_seed)) * self.stderr_seeds, test)
 
     @property
     def beyond_noise(self) -> bool:

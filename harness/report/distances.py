@@ -16,7 +16,7 @@ from harness.report.cells import decimals, one_line
 from harness.report.entries import AT_FLOOR, CLOSEST, Entry, Panel, entry
 from harness.report.tables import Closeness, MethodRow, Table
 from harness.report.trust import ValuesOf, of_seeds, settings
-from harness.statistics import DENSITY_RATIO, DISAGREEMENT, FLOOR, STANDARD_ERRORS, Estimate
+from harness.statistics import DENSITY_RATIO, DISAGREEMENT, FLOOR, LOWER_BOUNDS, STANDARD_ERRORS, Estimate
 
 Key = tuple[str, str]
 """Evaluator and metric."""
@@ -85,10 +85,13 @@ def _is_at_floor(row: MethodRow, key: Key, values: ValuesOf) -> bool:
 
 
 def _closest(rows: Sequence[MethodRow], key: Key, values: ValuesOf) -> str:
-    """There is none where kinds differ or are density ratios, nor where the leader has a lost seed or a warning."""
+    """There is none where kinds differ, nor where the leader has a lost seed or a warning.
+
+    Nor by density ratios or lower bounds: of these the looser one would look closer.
+    """
     found = [(row, estimate) for row in rows if (estimate := estimate_of(row, key))]
     kinds = {estimate.kind for _, estimate in found}
-    if len(found) < 2 or len(kinds) > 1 or DENSITY_RATIO in kinds:
+    if len(found) < 2 or len(kinds) > 1 or kinds & {DENSITY_RATIO, *LOWER_BOUNDS}:
         return ""
     leader, best = min(found, key=lambda pair: pair[1].value)
     ahead = all(_ahead(leader, best, row, key, values) for row, _ in found if row is not leader)

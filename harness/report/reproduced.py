@@ -21,7 +21,7 @@ from harness.experiment import Column, Contents, Contrast, Line, Suite
 from harness.report.build import exceeding, method_rows
 from harness.report.tables import MethodRow, certified_reach
 from harness.report.trust import LOG_LIKELIHOOD, ValuesOf, of_seeds
-from harness.statistics import DENSITY_RATIO, SIMULATED, STANDARD_ERRORS, Difference, Estimate, Row
+from harness.statistics import DENSITY_RATIO, LOWER_BOUNDS, SIMULATED, STANDARD_ERRORS, Difference, Estimate, Row
 
 if TYPE_CHECKING:
     from harness.report.figures import Source
@@ -192,6 +192,8 @@ def _obstacle(
     kinds = sorted({estimate.kind for estimate in estimates})
     if len(kinds) > 1 or DENSITY_RATIO in kinds or estimates[0].metric != estimates[1].metric:
         return f"numbers of kind {' and '.join(kinds)} are not compared"
+    if kinds[0] in LOWER_BOUNDS and estimates[0].metric not in (LOG_LIKELIHOOD, "elbo"):
+        return f"each is a {kinds[0]}, of which the looser one looks better"
     if difference is None:
         return "no seed and observation in common"
     doubted = [row.label for row in rows if estimates[0].metric == LOG_LIKELIHOOD and row.untrusted]

@@ -23,7 +23,7 @@ from harness.annealing import OnMove
 from harness.evaluator import EvaluationRun, Kind, Measurement
 from harness.method import Fit
 from harness.model import CanSimulate, HasEvidence
-from harness.problem import Problem
+from harness.problem import Problem, loaded
 
 SIMULATED = "simulated"
 GAP = "stochastic upper bound on log p(x) less the forward estimate, for simulated x"
@@ -41,7 +41,11 @@ class BDMC(AnnealedEvaluator):
     threshold: PositiveFloat = 1.0
 
     def undefined(self, fit: Fit, problem: Problem) -> str | None:
-        return self.unstartable(fit) if isinstance(fit.model, CanSimulate) else "model cannot simulate observations"
+        if not isinstance(fit.model, CanSimulate):
+            return "model cannot simulate observations"
+        if self.start != "prior" and len(loaded(problem).train) == 1:
+            return f"start={self.start} belongs to the observation that there is, and others are simulated; use prior"
+        return self.unstartable(fit)
 
     def measure(self, fit: Fit, problem: Problem, run: EvaluationRun) -> list[Measurement]:
         if not isinstance(fit.model, CanSimulate):

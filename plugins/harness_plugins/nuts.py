@@ -11,6 +11,7 @@ https://arxiv.org/abs/1701.02434
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -26,9 +27,12 @@ from harness.posterior import ChainPosterior
 from harness.problem import TrainingView
 from harness.seeding import drawing_from
 
+log = logging.getLogger(__name__)
+
 LOG_EVERY = 100  # transitions
 STARTS = 100  # draws from the prior that a chain may try to start from
 FEWEST_DRAWS = 4  # that R-hat asks for
+NEGLIGIBLE = 0.05  # part of the draws that may be cut without a word
 
 
 Drawn = tuple[Tensor, list[int]]
@@ -83,7 +87,10 @@ class NUTS(Method):
             found.append(self._chain(len(found), potential, run))
             if len(found) < self.chains and run.checkpoint.due():
                 self._keep(found, potential, run)
-        shortest = min(len(draws) for draws, _ in found)  # a budget in seconds may have ended them
+        lengths = [len(draws) for draws, _ in found]
+        shortest = min(lengths)  # a budget in seconds may have ended them
+        if len(lengths) * shortest < (1 - NEGLIGIBLE) * sum(lengths):
+            log.warning("%s: chains of %s draws are cut to the shortest", self.label, ", ".join(map(str, lengths)))
         state = {
             "draws": torch.stack([draws[:shortest] for draws, _ in found])[:, :, None],
             "divergences": torch.tensor([sum(t < shortest for t in at) for _, at in found], device=run.device),
@@ -136,10 +143,12 @@ class NUTS(Method):
                 visited.append(sites["z"].detach())
                 if (t + 1) % LOG_EVERY == 0 or t + 1 == transitions:
                     self._log(i, t + 1, visited, potential, run)
+            if len(visited) < self.warmup + FEWEST_DRAWS:
+                made = f"{len(visited)} transitions, of which {self.warmup} are warm-up"
+                raise RuntimeError(
+                    f"the time of chain {i} was over after {made}: give it more seconds, or lower warmup"
+                )
             divergences = kernel.diagnostics()["divergences"]
-        if len(visited) < self.warmup + FEWEST_DRAWS:
-            made = f"{len(visited)} transitions, of which {self.warmup} are warm-up"
-            raise RuntimeError(f"the time of chain {i} was over after {made}: give it more seconds, or lower warmup")
         return torch.stack(visited[self.warmup :]), divergences
 
     def _kernel(self, potential: Potential) -> Any:

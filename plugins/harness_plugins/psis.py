@@ -84,6 +84,11 @@ class PSIS(Evaluator):
             log_w = fit.model.log_joint(x, z) - log_q
             largest.add(log_w)
             total.add(log_w)
+        lost = int((~total.value().isfinite()).sum())
+        if lost:
+            raise Diverged(
+                f"k_hat: weights are not finite, or all zero, for {lost} of a block of {len(x)} observations"
+            )
         return torch.from_numpy(k_hat(largest.value())), total.effective_sample_size().cpu()
 
 

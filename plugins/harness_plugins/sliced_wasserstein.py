@@ -13,10 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
-from pydantic import PositiveInt
+from pydantic import Field
 from torch import Tensor
 
 from harness import hookimpl
@@ -32,7 +33,7 @@ class SlicedWasserstein(DrawsEvaluator):
     """
 
     name: str = "sliced-wasserstein"
-    projections: PositiveInt = 100
+    projections: Annotated[int, Field(ge=2)] = 100
 
     def compare(self, z: Tensor, target: Target, stream: torch.Generator) -> Sequence[Distance]:
         q, p = target.standardised(z), target.reference
@@ -45,7 +46,7 @@ class SlicedWasserstein(DrawsEvaluator):
         squared = squared_distances(q, p, theta)
         value = math.sqrt(squared.mean())
         of_draws, _ = over_blocks(distance, q, p, blocks_of(len(q), 2))
-        of_projections = float(squared.std() / math.sqrt(self.projections)) / (2 * value)  # delta method
+        of_projections = float(squared.std(ddof=1) / math.sqrt(self.projections)) / (2 * value)  # delta method
         stderr = math.hypot(of_draws, of_projections)
         return [Distance(metric="sliced_wasserstein", value=value, stderr=stderr, kind="consistent", unit="sd")]
 

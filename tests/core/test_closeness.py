@@ -113,9 +113,10 @@ def test_closest_is_ahead_of_every_other_row_and_of_one_at_least() -> None:
 
 @pytest.mark.parametrize(
     ("avb", "vae", "closest"),
-    [("consistent", "consistent", "avb"), ("unbiased", "consistent", ""), ("density ratio", "density ratio", "")],
-)
-def test_neither_kinds_that_differ_nor_density_ratios_are_ranked(avb: str, vae: str, closest: str) -> None:
+    [("consistent", "consistent", "avb"), ("unbiased", "consistent", ""), ("density ratio", "density ratio", ""),
+     ("stochastic lower bound", "stochastic lower bound", ""), ("lower bound", "lower bound", "")],
+)  # fmt: skip
+def test_neither_kinds_that_differ_nor_ratios_nor_lower_bounds_are_ranked(avb: str, vae: str, closest: str) -> None:
     records = Records().distance("avb", 1.0, kind=avb).distance("vae", 2.0, kind=vae)
     assert records.judged().closest == closest
 

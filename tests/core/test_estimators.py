@@ -11,6 +11,7 @@ from torch import Tensor
 from harness import estimators
 from harness.estimators import (
     DefensiveProposal,
+    LogMeanExp,
     StreamedBounds,
     StreamedLargest,
     StreamedLogMeanExp,
@@ -60,6 +61,29 @@ def test_log_mean_exp_is_the_direct_one_however_it_is_cut(
     torch.testing.assert_close(estimate.value(), w.mean(0).log() + offset)
     torch.testing.assert_close(estimate.stderr(), w.std(0) / math.sqrt(40) / w.mean(0))
     torch.testing.assert_close(estimate.effective_sample_size(), w.sum(0).square() / w.square().sum(0))
+
+
+@pytest.mark.parametrize("n", [2, 16])
+@pytest.mark.parametrize("sd", [0.3, 2.0, 4.0])
+def test_errors_of_few_weights_are_those_of_repetitions(n: int, sd: float, stream: torch.Generator) -> None:
+    """Nats apart too, where the delta method's error stops at 1. Two weights have it a seventh too small at most."""
+    estimate = LogMeanExp(sd * torch.randn(n, 20_000, generator=stream, dtype=torch.float64))
+    ratio = float(estimate.stderr().square().mean().sqrt() / estimate.value().std())
+    assert 0.85 < ratio < 1.1
+    assert (estimate.stderr() <= 1).all() == (sd < 1)
+
+
+def test_errors_of_few_weights_are_the_jackknifes(stream: torch.Generator) -> None:
+    log_w = 3 * torch.randn(5, 4, generator=stream, dtype=torch.float64) - 1e4
+    log_w[0, 1] = -math.inf  # a weight of zero is one that can be left out
+    log_w[1:, 2] = -math.inf  # leaving out the only one leaves nothing
+    without = torch.stack([log_w[[t for t in range(5) if t != s]].logsumexp(0) for s in range(5)])
+    expected = (4 / 5 * (without - without.mean(0)).square().sum(0)).sqrt()
+    found = LogMeanExp(log_w).stderr()
+    kept = torch.tensor([0, 1, 3])
+    torch.testing.assert_close(found[kept], expected[kept])
+    assert found[2] == pytest.approx(1)
+    assert LogMeanExp(log_w[:1]).stderr().isnan().all()
 
 
 def test_effective_sample_size_lies_between_one_and_the_number_of_samples(stream: torch.Generator) -> None:

@@ -182,6 +182,15 @@ def test_density_ratios_and_numbers_of_different_kinds_are_not_compared() -> Non
     assert "exact and stochastic lower bound are not compared" in verdict(made)
 
 
+def test_the_looser_of_two_lower_bounds_on_a_divergence_is_not_the_better() -> None:
+    contrast = dataclasses.replace(CONTRAST, metrics=("kl_to_posterior",))
+    assert verdict(two_runs(5.0, metric="kl_to_posterior", kind="consistent"), contrast=contrast) == "observed"
+    made = two_runs(5.0, metric="kl_to_posterior", kind="stochastic lower bound")
+    assert "of which the looser one looks better" in verdict(made, contrast=contrast)
+    of_elbo = dataclasses.replace(CONTRAST, metrics=("elbo",))
+    assert verdict(two_runs(5.0, metric="elbo", kind="stochastic lower bound"), contrast=of_elbo) == "observed"
+
+
 def annealed(gap: float, bdmc_gap: float) -> Made:
     """log p(x) by annealing, and its certificate on simulated observations, of the same size for both runs."""
     settings = json.dumps({"temperatures": 100, "threshold": 1.0})

@@ -18,8 +18,8 @@ from harness.clock import Clock
 from harness.comparison import evaluate, plan
 from harness.method import Budget, Diverged, Fit, Run
 from harness.planning import PlannedJob
-from harness.players import Modules, Noise
-from harness.problem import placed
+from harness.players import Modules, Noise, Player
+from harness.problem import TrainingView, placed
 from harness.seeding import Streams
 from harness.stopping import Stop, Stopped
 from harness.store import Store
@@ -145,6 +145,27 @@ def test_players_that_take_other_steps_are_not_trained_together() -> None:
     methods = [AVB(noise_dim=3), AVB(noise_dim=3, adversary_steps=2)]
     with pytest.raises(ValueError, match="may differ in learning rate and betas only"):
         at_once(methods, [0, 1], "steps=5")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithIdlePlayer(VAE):
+    """The same, with a player that has nothing to learn, as one on a fixed model."""
+
+    def build(self, view: TrainingView) -> Modules:
+        return Modules({**super().build(view), "fixed": torch.nn.Identity()})
+
+    def players(self) -> list[Player]:
+        return [*super().players(), Player("nothing", on=("fixed",), lr=1e-3)]
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        found = super().losses(modules, x, noise)
+        return {**found, "nothing": found["negative_elbo"]}
+
+
+def test_a_player_without_parameters_never_steps() -> None:
+    fits, _ = at_once([WithIdlePlayer(batch_size=16)] * 2, (0, 1), "steps=20")
+    for seed, together in enumerate(fits):
+        assert_close(together, alone(WithIdlePlayer(batch_size=16), seed, "steps=20")[0])
 
 
 # In a comparison

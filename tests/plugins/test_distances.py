@@ -291,6 +291,14 @@ def test_sets_of_different_sizes(generator) -> None:
     assert abs(divergence(second, first, k=3)) < 0.15
 
 
+def test_draws_in_single_precision_may_coincide(generator) -> None:
+    """Ten thousand on a line do, and their nearest neighbours are then at no distance at all."""
+    first, second = torch.randn(2, 10_000, 1, generator=generator).double()
+    assert len(np.unique(torch.cat([first, second]))) < 20_000
+    distinct = torch.from_numpy(np.unique(first))[:, None]
+    assert abs(divergence(distinct, second, k=1)) < 0.1  # four times its spread of 0.02, and a bias
+
+
 def test_a_collapsed_posterior_has_no_density() -> None:
     with pytest.raises(Diverged, match="only 1 of 1,000 draws differ: too few for a density at k=3"):
         measured(NearestNeighbours(samples=1000), lambda z: 0 * z)
@@ -523,6 +531,11 @@ def test_samples_have_a_least_number() -> None:
     options: dict[str, Any] = {"samples": 19}
     with pytest.raises(Exception, match="samples=19"):
         replace(NearestNeighbours(), **options)
+
+
+def test_one_direction_has_no_error() -> None:
+    with pytest.raises(UserError, match="option projections=1: input should be greater than or equal to 2"):
+        SlicedWasserstein(projections=1)
 
 
 def test_what_neighbours_and_folds_need_is_said_at_once() -> None:

@@ -25,7 +25,7 @@ from harness.target import PosteriorProblem
 from harness.testing import SmallGaussianProblem, SmallProblem
 from harness.testing.small import view_of
 from harness_plugins.chains import Chains
-from harness_plugins.nuts import NUTS
+from harness_plugins.nuts import NUTS, Drawn, Potential
 
 CPU = torch.device("cpu")
 
@@ -188,6 +188,26 @@ def test_a_budget_in_seconds_is_shared_by_the_chains() -> None:
     assert 15 <= chains_of(found).shape[1] <= 20
     with pytest.raises(RuntimeError, match="the time of chain 0 was over after 9 transitions, of which 10 are warm-up"):
         fit(NUTS(chains=2, warmup=10, draws=500, max_tree_depth=2), SmallGaussianProblem(), "seconds=20", Ticking())
+    with pytest.raises(RuntimeError, match="over after 10 transitions, of which 10 are warm-up: give it more seconds"):
+        fit(NUTS(chains=2, warmup=10, draws=500, max_tree_depth=2), SmallGaussianProblem(), "seconds=22", Ticking())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unequal(NUTS):
+    """Chains of other lengths, as a clock may make them: draws of zero."""
+
+    last: int = 250
+
+    def _chain(self, i: int, potential: Potential, run: Run) -> Drawn:
+        return torch.zeros(self.last if i == self.chains - 1 else 1000, 2), []
+
+
+@pytest.mark.parametrize(("last", "told"), [(250, True), (990, False)])
+def test_draws_are_not_cut_without_a_word(last: int, told: bool, caplog: pytest.LogCaptureFixture) -> None:
+    found = fit(Unequal(last=last), SmallGaussianProblem())
+    assert chains_of(found).shape[:2] == (4, last)
+    text = "chains of 1000, 1000, 1000, 250 draws are cut to the shortest"
+    assert any(text in message for message in caplog.messages) == told
 
 
 class AfterEveryChain(Checkpoint):

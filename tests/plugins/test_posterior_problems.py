@@ -95,8 +95,13 @@ def test_a_model_that_knows_its_evidence_is_asked_and_not_integrated(
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=label)
 def test_bdmc_needs_a_model_that_simulates(problem: PosteriorProblem) -> None:
-    reason = BDMC().undefined(perfect(problem)[0], problem)
-    assert reason == (None if "eight" in problem.name else "model cannot simulate observations")
+    simulates = "eight" in problem.name
+    reason = BDMC(start="prior").undefined(perfect(problem)[0], problem)
+    assert reason == (None if simulates else "model cannot simulate observations")
+    # Moments of the posterior given the schools say nothing of that given others.
+    assert (
+        "belongs to the observation that there is" in (BDMC().undefined(perfect(problem)[0], problem) or "")
+    ) == simulates
 
 
 @pytest.mark.parametrize("problem", PROBLEMS[:2], ids=label)

@@ -195,3 +195,21 @@ def test_what_is_no_number_is_a_failure() -> None:
 
 def test_draws_alone_have_no_weights() -> None:
     assert PSIS().undefined(Fit(gaussian(), Drawn(0.0, (1.0, 1.0)), {}), PROBLEM) == NO_DENSITY
+
+
+class Overflowing(Moved):
+    """The same, with weights of one observation that are no numbers, or all zero."""
+
+    def __init__(self, lost: float) -> None:
+        super().__init__(0.0, (0.5, 0.9))
+        self.lost = lost
+
+    def sample_and_log_prob(self, x: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        z, log_q = super().sample_and_log_prob(x, n, generator)
+        return z, log_q.index_fill(1, torch.tensor([1]), self.lost)
+
+
+@pytest.mark.parametrize("lost", [math.nan, math.inf, -math.inf])
+def test_an_observation_without_usable_weights_is_not_passed_over(lost: float) -> None:
+    with pytest.raises(Diverged, match="weights are not finite, or all zero, for 1 of"):
+        measured(Overflowing(lost))
