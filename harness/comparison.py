@@ -16,12 +16,13 @@ from harness.executor import Executor
 from harness.executors.workers import sent
 from harness.job import Job
 from harness.method import Fit, Method
-from harness.options import UserError, parse_jobs, unknown
+from harness.options import UserError, parse_jobs, several, unknown
 from harness.planning import (
     Comparison,
     PlannedJob,
     Selection,
     find_device,
+    parse_statuses,
     resolve,
     select,
     stored_job,
@@ -112,7 +113,7 @@ def compare(
         "device": device,
         "precision": precision,
         "step": step,
-        "plugins": tuple(plugins),
+        "plugins": several(plugins),
         "retry": _to_retry(retry, only_failed),
         "vectorize_seeds": vectorize_seeds,
     }
@@ -189,6 +190,7 @@ def evaluate(
     *,
     device: str = "auto",
     plugins: Iterable[str | Path] = (),
+    retry: Iterable[str] = (),
     stop_after: float | str | None = None,
     progress: Progress | None = None,
 ) -> pd.DataFrame:
@@ -197,6 +199,7 @@ def evaluate(
     Fits that are gone, or whose method, problem or data have changed since, are left out, with a warning in the log.
 
     Args:
+        retry: Statuses (``failed`` ...) of measurements that are to be tried again.
         stop_after: Seconds after which this run ends before the next measurement. To the end unless given.
 
     Raises:
@@ -209,7 +212,7 @@ def evaluate(
     place = find_device(device)
     facts = [store.job(job_id) for job_id in store.job_ids()]
     jobs = [job for found in facts if found and found["status"] == "ok" and (job := stored_job(registry, found, place))]
-    comparison = Comparison(registry, jobs, chosen, place, trains=False)
+    comparison = Comparison(registry, jobs, chosen, place, parse_statuses(retry), trains=False)
     kept = [job for job in jobs if comparison.planned(job, store).status == "ok"]
     for job in jobs:
         if job not in kept:
@@ -290,14 +293,17 @@ def executor_of(given: str | Executor | None, plugins: Iterable[str | Path], job
 
 
 def _to_retry(retry: Iterable[str], only_failed: bool) -> tuple[str, ...]:
-    return tuple(retry) or (("failed",) if only_failed else ())
+    return several(retry) or (("failed",) if only_failed else ())
 
 
 def _tried(comparison: Comparison, store: Store, only_failed: bool) -> Comparison:
     """The comparison, without jobs that have not been tried yet if those that have failed are all that is wanted."""
     if not only_failed:
         return comparison
-    return dataclasses.replace(comparison, jobs=[job for job in comparison.jobs if store.job(job.job_id)])
+    tried = [job for job in comparison.jobs if store.job(job.job_id)]
+    if not tried:
+        raise UserError(f"only failed jobs are asked for, and none of these has been tried yet in {str(store.path)!r}")
+    return dataclasses.replace(comparison, jobs=tried)
 
 
 def _kept(selection: Any) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harness.files import Facts
 from harness.options import UserError
+from harness.record import RETRIED
 from harness.store import Store
 
 _SETTLED = ("ok", "skipped")
@@ -19,7 +20,7 @@ class Merged:
 
     Args:
         jobs, measurements, fits: Taken from the others; fits of jobs that had lost theirs are told apart.
-        had: Jobs that the store had already.
+        had: Jobs that the store had already, or had begun where the other's has failed.
         of_other_fits: Measurements left where they are: they speak of a fit of the same job with other bits.
     """
 
@@ -77,13 +78,18 @@ def _made(path: Path) -> Store:
 
 def _check_complete(store: Store) -> None:
     """Tables are derived from jobs; without these they would be written anew from nothing."""
-    if not store.job_ids() and any((store.path / name).is_file() for name in ("records.csv", "records.parquet")):
+    csv = store.path / "records.csv"
+    told = csv.read_bytes().count(b"\n") > 1 if csv.is_file() else (store.path / "records.parquet").is_file()
+    if told and not store.job_ids():
         raise UserError(f"{str(store.path)!r} has tables, but not the jobs that they were made of: nothing to merge")
 
 
 def _merge_job(job_id: str, source: Store, store: Store, merged: Merged) -> None:
     theirs, ours = source.job(job_id), store.job(job_id)
     if theirs is None:
+        return
+    if ours is None and theirs["status"] in RETRIED and store.checkpoint_path(job_id).exists():
+        merged.had += 1
         return
     if ours is None or (ours["status"] != "ok" and theirs["status"] == "ok"):
         _take_job(theirs, source, store, merged)

@@ -47,6 +47,8 @@ class Budget:
             UserError: If the unit is unknown or the amount is not a positive number (whole, unless it is seconds).
         """
         form = "expected steps=N, seconds=S, examples=N or converged=CHECKS"
+        if not isinstance(text, str):
+            raise UserError(f"budget {text!r}: {form}")
         unit, equals, amount = text.strip().partition("=")
         if unit not in get_args(BudgetUnit) or not equals:
             raise UserError(f"budget {text!r}: {form}")

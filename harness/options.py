@@ -15,6 +15,7 @@ import string
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
@@ -31,7 +32,7 @@ MAX_SEEDS = 10_000
 @cache
 def _adapters(cls: type) -> dict[str, TypeAdapter[Any]]:
     hints = typing.get_type_hints(cls, include_extras=True)
-    return {field.name: TypeAdapter(hints[field.name]) for field in dataclasses.fields(cls)}
+    return {field.name: TypeAdapter(hints[field.name]) for field in dataclasses.fields(cls) if field.init}
 
 
 def schema(cls: type[Configurable]) -> dict[str, dict[str, Any]]:
@@ -51,6 +52,8 @@ def _finite(value: Any) -> bool:
 
 class Configurable:
     """Base of frozen dataclasses whose fields are options: every value is validated on construction.
+
+    Fields that are no arguments of the constructor are none.
 
     Raises:
         UserError: If a value has the wrong type, is out of range or is not finite.
@@ -123,6 +126,11 @@ def configure(prototype: C, options: Mapping[str, str]) -> C:
     return dataclasses.replace(prototype, **values)  # type: ignore[type-var]
 
 
+def several(given: str | Path | Iterable[Any]) -> tuple[Any, ...]:
+    """All that is given, a single text or path too."""
+    return (given,) if isinstance(given, str | Path) else tuple(given)
+
+
 def one_of(what: str, text: str, known: Iterable[str]) -> str:
     """The text, which must be one of the names.
 
@@ -131,7 +139,7 @@ def one_of(what: str, text: str, known: Iterable[str]) -> str:
     """
     names = list(known)
     if text not in names:
-        raise UserError(unknown(what, text, names))
+        raise UserError(unknown(what, str(text), names))
     return text
 
 
@@ -158,10 +166,11 @@ def parse_seeds(seeds: int | str | Iterable[int]) -> list[int]:
         if wrong:
             raise UserError(f"seeds {seeds!r}: {wrong[0]!r} is not a whole number from 0 to 2^63 - 1; {form}")
         seeds = [int(text) for text in texts] if alone or len(texts) > 1 else int(texts[0])
-    if isinstance(seeds, int):
-        if isinstance(seeds, bool) or not 1 <= seeds <= MAX_SEEDS:
+    if not isinstance(seeds, Iterable):
+        number = _whole(seeds)
+        if number is None or not 1 <= number <= MAX_SEEDS:
             raise UserError(f"seeds {seeds!r}: how many must be between 1 and {MAX_SEEDS}; {form}")
-        return list(range(seeds))
+        return list(range(number))
     return _chosen_seeds(seeds, form)
 
 
@@ -173,11 +182,10 @@ def seeds_text(seeds: Sequence[int]) -> str:
 def _chosen_seeds(seeds: Iterable[int], form: str) -> list[int]:
     chosen: list[int] = []
     for seed in seeds:
-        try:
-            number = operator.index(seed)
-        except TypeError:
-            raise UserError(f"seeds: {seed!r} is not a whole number; {form}") from None
-        if isinstance(seed, bool) or not 0 <= number < 2**63:
+        number = _whole(seed)
+        if number is None:
+            raise UserError(f"seeds: {seed!r} is not a whole number; {form}")
+        if not 0 <= number < 2**63:
             raise UserError(f"seeds: {seed!r} must be a whole number from 0 to 2^63 - 1; {form}")
         if number in chosen:
             raise UserError(f"seeds: {number} is given twice; {form}")
@@ -185,6 +193,14 @@ def _chosen_seeds(seeds: Iterable[int], form: str) -> list[int]:
     if not 1 <= len(chosen) <= MAX_SEEDS:
         raise UserError(f"seeds: between 1 and {MAX_SEEDS} of them, got {len(chosen)}; {form}")
     return chosen
+
+
+def _whole(number: Any) -> int | None:
+    """Of Python, numpy or torch; None for anything else, truth values too."""
+    try:
+        return None if isinstance(number, bool) else operator.index(number)
+    except TypeError:
+        return None
 
 
 def parse_jobs(jobs: int | str) -> int:

@@ -51,8 +51,8 @@ def _job(task: Task) -> dict[str, Any]:
     return {**{name: facts[name] for name in _OF_JOB}, "device": task.job.fitted_on or task.job.device.type}
 
 
-def parsed(text: str) -> Order:
-    """An order from its text.
+def parsed(text: str | bytes) -> Order:
+    """An order from its text, in UTF-8.
 
     Raises:
         UserError: If it is none.

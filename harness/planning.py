@@ -17,11 +17,11 @@ from harness.checkpoint import Reached, reached
 from harness.evaluator import Evaluator
 from harness.job import VECTORISED, Job, evaluator_file, is_measured
 from harness.method import Budget, Method
-from harness.options import UserError, one_of, parse_seeds
+from harness.options import UserError, one_of, parse_seeds, several
 from harness.precision import parse_precision
 from harness.problem import DataError, Problem, loaded
 from harness.record import STATUSES
-from harness.registry import Registry
+from harness.registry import KINDS, Registry
 from harness.stepping import parse_step
 from harness.store import Facts, Store
 from harness.training import OF_ITS_OWN
@@ -162,7 +162,7 @@ def resolve(
         for method in chosen_methods
     ]
     jobs = vectorised(jobs) if vectorize_seeds else jobs
-    return Comparison(registry, jobs, chosen_evaluators, place, _statuses(retry))
+    return Comparison(registry, jobs, chosen_evaluators, place, parse_statuses(retry))
 
 
 def vectorised(jobs: Iterable[Job]) -> list[Job]:
@@ -192,7 +192,10 @@ def _check(problem: Problem) -> None:
 def select(registry: Registry, kind: str, selection: Selection) -> list[Any]:
     if isinstance(selection, str):
         return registry.select(kind, selection)
-    items = selection if isinstance(selection, Iterable) else [selection]
+    items = tuple(selection) if isinstance(selection, Iterable) else (selection,)
+    wrong = [item for item in items if not isinstance(item, str | KINDS[kind])]
+    if wrong:
+        raise UserError(f"{kind}: expected names, or objects of class {KINDS[kind].__name__}, got {wrong[0]!r}")
     chosen = [thing for item in items for thing in (registry.select(kind, item) if isinstance(item, str) else [item])]
     if not chosen:
         raise UserError(f"{kind}: expected at least one, got none")
@@ -202,15 +205,21 @@ def select(registry: Registry, kind: str, selection: Selection) -> list[Any]:
     return chosen
 
 
-def _statuses(retry: Iterable[str]) -> frozenset[str]:
+def parse_statuses(retry: Iterable[str]) -> frozenset[str]:
+    """Statuses that are to be tried again: one by one, or as on the command line, ``"failed,diverged"``.
+
+    Raises:
+        UserError: If one is none that a job or a measurement can end badly with.
+    """
     known = [status for status in STATUSES if status not in ("ok", "skipped")]
-    return frozenset(one_of("status to retry", status, known) for status in retry)
+    given = [status.strip() for text in several(retry) for status in text.split(",")]
+    return frozenset(one_of("status to retry", status, known) for status in given)
 
 
-def find_device(name: str, here: bool = True) -> torch.device:
-    if one_of("device", name, ["auto", "cpu", "cuda"]) == "auto":
+def find_device(name: str | torch.device, here: bool = True) -> torch.device:
+    if one_of("device", str(name), ["auto", "cpu", "cuda"]) == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if here and name == "cuda" and not torch.cuda.is_available():
+    if here and str(name) == "cuda" and not torch.cuda.is_available():
         raise UserError("device 'cuda' is not available on this machine; use --device cpu or auto")
     return torch.device(name)
 

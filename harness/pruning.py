@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.files import QUARANTINE
+from harness.record import RETRIED
 from harness.store import Store
 
 TEMPORARY = re.compile(r"\..+\.(json|txt|csv|npz|parquet|safetensors)\.[a-z0-9_]{8}")
 YOUNG = 3600.0
 """Seconds for which a file may belong to a run that goes on, so that it is left."""
-RETRIED = ("failed", "killed", "timeout")
-"""Statuses of jobs that may be tried again from their checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def _left_behind(store: Store) -> Iterator[Surplus]:
                 yield from _old(path, "half written")
     for path in sorted((store.path / QUARANTINE).glob("**/*")):
         if path.is_file() and (store.path / path.relative_to(store.path / QUARANTINE)).is_file():
-            yield Surplus(path, path.stat().st_size, "damaged, and computed anew since")
+            yield from _old(path, "damaged, and computed anew since")
 
 
 def _beyond(store: Store, keep: float | None) -> Iterator[Surplus]:
@@ -88,7 +87,7 @@ def _beyond(store: Store, keep: float | None) -> Iterator[Surplus]:
     total = sum(_size(path) for path in fits)
     for path in fits:
         if total > keep:
-            yield Surplus(path, _size(path), f"one of the oldest, begun {begun[path.parent.name]}")
+            yield from _old(path, f"one of the oldest, begun {begun[path.parent.name]}")
             total -= _size(path)
 
 

@@ -18,12 +18,13 @@ from harness.executor import Executor
 from harness.experiment import Experiment
 from harness.loading import PluginError, check_marked, check_prototype, import_file, reason_of
 from harness.method import Method
-from harness.options import Configurable, UserError, configure, parse_selection, unknown
+from harness.options import Configurable, UserError, configure, parse_selection, several, unknown
 from harness.problem import Dataset, Problem
+from harness.record import FROM_FILE
 
 T = TypeVar("T", bound=Configurable)
 
-_KINDS: dict[str, type[Configurable]] = {
+KINDS: dict[str, type[Configurable]] = {
     "methods": Method,
     "datasets": Dataset,
     "problems": Problem,
@@ -91,7 +92,7 @@ class Registry:
         for entry_point in metadata.entry_points(group=hookspecs.ENTRY_POINT_GROUP):
             registry._load_entry_point(entry_point)
         seen: set[Path] = set()
-        for path in map(Path, files):
+        for path in map(Path, several(files)):
             if path.resolve() in seen:
                 raise UserError(f"plugin file {str(path)!r} is given twice")
             seen.add(path.resolve())
@@ -155,7 +156,7 @@ class Registry:
         if not path.is_file():
             raise UserError(f"plugin file {str(path)!r} does not exist")
         try:
-            self._register(import_file(path), Plugin(path.stem, f"file {path.name}", ""))
+            self._register(import_file(path), Plugin(path.stem, f"{FROM_FILE}{path.name}", ""))
         except _NameTaken:
             raise
         except (Exception, SystemExit) as error:
@@ -168,7 +169,7 @@ class Registry:
         try:
             self.manager.register(module)
             self._check_hooks(module)
-            found = {kind: self._provided(module, kind, base) for kind, base in _KINDS.items()}
+            found = {kind: self._provided(module, kind, base) for kind, base in KINDS.items()}
         except BaseException:
             if self.manager.is_registered(module):  # pluggy may have refused it halfway
                 self.manager.unregister(module)

@@ -18,7 +18,7 @@ from harness.comparison import compare, executor_of, plan
 from harness.executing import stopping
 from harness.executor import Executor
 from harness.experiment import Experiment, Scale, Suite
-from harness.options import UserError, parse_jobs, parse_seeds, seeds_text, unknown
+from harness.options import UserError, parse_jobs, parse_seeds, seeds_text, several, unknown
 from harness.planning import select
 from harness.registry import Registry
 from harness.rehearsal import rehearse
@@ -117,7 +117,7 @@ def run(
     progress: Progress | None,
 ) -> Reproduction:
     """As `reproduce`, with everything that the report was made of."""
-    plugins, retry, stop = tuple(plugins), tuple(retry), stopping(stop_after)
+    plugins, retry, stop = several(plugins), several(retry), stopping(stop_after)
     registry = Registry.discover(plugins)
     chosen, at = _one(registry, experiment), _scale(scale)
     numbers = parse_seeds(chosen.seeds(at) if seeds is None else seeds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import shlex
 import sys
@@ -14,7 +15,14 @@ import click
 
 from harness.cli.garbage import rarely_collected
 from harness.cli.parsing import StrictCommand, one_line
-from harness.cli.suite import Arguments, comparison_options, limit_options, plugin_option, stop_option
+from harness.cli.suite import (
+    Arguments,
+    comparison_options,
+    limit_options,
+    plugin_option,
+    retry_option,
+    stop_option,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,6 +30,10 @@ if TYPE_CHECKING:
     from harness.planning import PlannedJob
     from harness.statistics import Row
     from harness.store import Store
+
+
+OF_EXEC = ("stop_after", "time_limit", "memory_limit")
+"""Options of `plan` that `exec` has too."""
 
 
 @click.command(cls=StrictCommand)
@@ -39,7 +51,7 @@ def compare(asked: Arguments) -> int:
 
     records = comparison.compare(**asked, progress=shown())
     store = Store(asked.get("out", comparison.DEFAULT_OUT))
-    return _conclude(records, store, records["job_id"].tolist())
+    return _conclude(records, store, "`harness compare`", records["job_id"].tolist())
 
 
 @click.command(cls=StrictCommand)
@@ -60,7 +72,10 @@ def plan(asked: Arguments, as_json: bool, form: str | None) -> int:
     `harness report DIR` shows what has come of all.
     """
     from harness import comparison
+    from harness.options import UserError
 
+    if form is not None and as_json:
+        raise UserError("--json or --format, not both: orders are JSON already")
     if form is not None:
         _print_orders(asked, form)
         return 0
@@ -87,20 +102,27 @@ def execute(order: str, stop_after: str | None, time_limit: str | None, memory_l
     from harness.cli.progress import shown
     from harness.store import Store
 
-    text = sys.stdin.read() if order == "-" else Path(order).read_text(encoding="utf-8")
     limits = {"time_limit": time_limit, "memory_limit": memory_limit}
-    given = orders.parsed(text)
+    given = orders.parsed(sys.stdin.buffer.read() if order == "-" else Path(order).read_bytes())
     records = orders.carry_out(given, stop_after=stop_after, **limits, apart=apart, progress=shown())
-    return told_failures(records, "harness plan", lambda _: Store(given["out"]))
+    return told_failures(records, "an order of `harness plan`", lambda _: Store(given["out"]))
 
 
 @click.command(cls=StrictCommand)
 @click.argument("folder", metavar="DIR")
 @click.option("--evaluators", metavar="NAMES", required=True, help="Evaluators: 'importance[samples=10000],elbo'.")
 @click.option("--device", metavar="NAME", default="auto", help="auto, cpu or cuda.  [default: auto]")
+@retry_option
 @stop_option
 @plugin_option
-def evaluate(folder: str, evaluators: str, device: str, stop_after: str | None, plugin: tuple[str, ...]) -> int:
+def evaluate(
+    folder: str,
+    evaluators: str,
+    device: str,
+    retry: str | None,
+    stop_after: str | None,
+    plugin: tuple[str, ...],
+) -> int:
     """Measure the stored fits of DIR; train nothing."""
     from harness import comparison
     from harness.cli.progress import shown
@@ -108,13 +130,19 @@ def evaluate(folder: str, evaluators: str, device: str, stop_after: str | None, 
     from harness.store import Store
 
     records = comparison.evaluate(
-        folder, evaluators, device=device, plugins=plugin, stop_after=stop_after, progress=shown()
+        folder,
+        evaluators,
+        device=device,
+        plugins=plugin,
+        retry=retry or (),
+        stop_after=stop_after,
+        progress=shown(),
     )
     if records.empty:
         raise UserError(
             f"{folder!r} has no stored fit that can be measured; `harness compare --out {folder}` makes them"
         )
-    return _conclude(records, Store(folder))
+    return _conclude(records, Store(folder), "`harness evaluate`")
 
 
 @click.command(cls=StrictCommand)
@@ -142,15 +170,15 @@ def report(folder: str) -> int:
     return 0
 
 
-def _conclude(records: pd.DataFrame, store: Store, job_order: Sequence[str] = ()) -> int:
-    """Print the tables, where everything is, and what failed; returns the exit code."""
+def _conclude(records: pd.DataFrame, store: Store, command: str, job_order: Sequence[str] = ()) -> int:
+    """Print the tables, where everything is, and what failed in ``command``; returns the exit code."""
     from harness.cli.console import output
     from harness.report.terminal import print_tables
 
     print_tables(records, store.examples(), output(), job_order)
     click.echo(f"records: {store.path / 'records.csv'}")
     click.echo(f"report:  harness report {shlex.quote(str(store.path))}")
-    return told_failures(records, "harness compare", lambda _: store)
+    return told_failures(records, command, lambda _: store)
 
 
 def told_failures(records: pd.DataFrame, command: str, store: Callable[[Row], Store]) -> int:
@@ -170,7 +198,7 @@ def told_failures(records: pd.DataFrame, command: str, store: Callable[[Row], St
         click.echo(f"harness: {row['status']}: {what}: {one_line(str(row['reason']))}{more}", err=True)
     if failed:
         statuses = ",".join(sorted({row["status"] for row in failed}))
-        click.echo(f"harness: `{command}` with --retry {statuses} tries these again", err=True)
+        click.echo(f"harness: {command} with --retry {statuses} tries these again", err=True)
     return 1 if failed else 0
 
 
@@ -182,9 +210,14 @@ def _print_orders(asked: Arguments, form: str) -> None:
 
     one_of("format", form, ["jsonl", "sh"])
     found = comparison.planned(**asked, here=False)
+    options = [(f"--{name.replace('_', '-')}", str(value)) for name, value in asked.items() if name in OF_EXEC]
+    if options and form == "jsonl":
+        names = ", ".join(name for name, _ in options)
+        click.echo(f"harness: orders do not hold {names}; give it to `harness exec`", err=True)
+    command = ["harness", "exec", *itertools.chain(*options), "-"]
     for order in orders_of(found, Store(asked.get("out", comparison.DEFAULT_OUT)), asked.get("plugins", ())):
         text = json.dumps(order)
-        click.echo(text if form == "jsonl" else f"printf %s {shlex.quote(text)} | harness exec -")
+        click.echo(text if form == "jsonl" else f"printf %s {shlex.quote(text)} | {shlex.join(command)}")
 
 
 def _as_json(job: PlannedJob) -> dict[str, object]:

@@ -49,7 +49,6 @@ def reproduce(
     from harness import reproduction
     from harness.cli.progress import shown
 
-    statuses = [status.strip() for status in retry.split(",")] if retry else []
     made = reproduction.run(
         name,
         seeds=seeds,
@@ -58,7 +57,7 @@ def reproduce(
         step=step or "auto",
         out=out,
         plugins=plugin,
-        retry=statuses,
+        retry=retry or (),
         stop_after=stop_after,
         jobs=jobs or 1,
         executor=executor,
@@ -78,4 +77,4 @@ def _conclude(made: Reproduction) -> int:
     print_grids(grids(made.results), output())
     click.echo(f"report:  {made.report}")
     click.echo(f"summary: {made.folder / 'summary.csv'}")
-    return told_failures(made.records, "harness reproduce", lambda row: Store(made.folder / row["suite"]))
+    return told_failures(made.records, "`harness reproduce`", lambda row: Store(made.folder / row["suite"]))

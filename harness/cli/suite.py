@@ -28,7 +28,7 @@ class Arguments(TypedDict, total=False):
     vectorize_seeds: bool
     out: str
     plugins: list[str]
-    retry: list[str]
+    retry: str | list[str]
     only_failed: bool
     stop_after: float | str
     jobs: int | str
@@ -119,6 +119,10 @@ def stop_option(command: Callable[..., int]) -> Callable[..., int]:
     return click.option("--stop-after", metavar=key.metavar, help=key.help)(command)
 
 
+def retry_option(command: Callable[..., int]) -> Callable[..., int]:
+    return _options(command, "retry")
+
+
 def limit_options(command: Callable[..., int]) -> Callable[..., int]:
     return _options(command, "time-limit", "memory-limit")
 
@@ -167,9 +171,6 @@ def _arguments(given: dict[str, Any], suite: str | None) -> Arguments:
     if "plugin" in merged:
         plugin = merged.pop("plugin")
         merged["plugins"] = [plugin] if isinstance(plugin, str) else plugin
-    if "retry" in merged:
-        texts = [merged["retry"]] if isinstance(merged["retry"], str) else merged["retry"]
-        merged["retry"] = [status.strip() for text in texts for status in text.split(",")]
     merged = {key.replace("-", "_"): value for key, value in merged.items()}
     return cast("Arguments", merged)
 

@@ -7,14 +7,15 @@ import dataclasses
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pandas as pd
 
 from harness import readings, statistics
 from harness.report import checks, distances, trust
-from harness.report.tables import COLUMNS, Issue, MethodRow, Table, TableKey
+from harness.report.cells import seed_list
+from harness.report.tables import COLUMNS, SOURCES, Issue, MethodRow, Table, TableKey
 from harness.report.trust import ValuesOf, of_seeds
 from harness.statistics import SIMULATED, Difference, Row, Spread
 
@@ -38,15 +39,15 @@ def tables_of(records: pd.DataFrame, examples: pd.DataFrame, job_order: Sequence
     """
     rows = readings.rows(records)
     plan = {job_id: position for position, job_id in reversed(list(enumerate(job_order)))}
-    runs = _in_order(rows, _run_key, plan)
+    runs = _in_order([(row, _run_key(row)) for row in rows], plan)
     kept, older = readings.latest(rows)
-    splits = _splits(kept)
+    placed = _placed(kept)
     groups: dict[TableKey, dict[RunKey, list[Row]]] = {}
-    for row in kept:
-        groups.setdefault(_table_key(row, splits), {}).setdefault(_run_key(row), []).append(row)
+    for row, key in placed:
+        groups.setdefault(key, {}).setdefault(_run_key(row), []).append(row)
     values, labels = readings.values_per_observation(examples), labelled(runs)
-    problems = _in_order(rows, lambda row: row["problem"], plan)
-    keys = _in_order(kept, lambda row: _table_key(row, splits), plan)
+    problems = _in_order([(row, row["problem"]) for row in rows], plan)
+    keys = _in_order(placed, plan)
     keys.sort(key=lambda key: problems.index(key.problem))
     found = {key: {labels[run]: groups[key][run] for run in runs if run in groups[key]} for key in keys}
     definitions = Counter(problem for problem, _ in {(key.problem, key.spec_hash) for key in keys})
@@ -73,11 +74,11 @@ def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def _in_order(rows: Sequence[Row], key: Callable[[Row], K], plan: Mapping[str, int]) -> list[K]:
+def _in_order(rows: Iterable[tuple[Row, K]], plan: Mapping[str, int]) -> list[K]:
     """The distinct keys of the rows, by their first job: as planned, else as started."""
     first: dict[K, tuple[int, str]] = {}
-    for row in rows:
-        place, found = (plan.get(row["job_id"], len(plan)), row["started_at"] or ""), key(row)
+    for row, found in rows:
+        place = plan.get(row["job_id"], len(plan)), row["started_at"] or ""
         first[found] = min(place, first.get(found, place))
     return sorted(first, key=lambda found: (first[found], found))
 
@@ -86,22 +87,36 @@ def _run_key(row: Row) -> RunKey:
     return row["method"], row["config"] or ""
 
 
-def _splits(rows: Sequence[Row]) -> dict[str, str]:
-    """The split that each job's fit is measured on; simulated observations belong to it and are none of their own."""
-    found: dict[str, set[str]] = {}
+def _placed(rows: Sequence[Row]) -> list[tuple[Row, TableKey]]:
+    """Each row with the table that it belongs to.
+
+    Simulated observations belong to the split that their job is measured on. What gave no number, such as a fit that
+    diverged, is told in the tables of all splits: it is missing from each.
+    """
+    splits: dict[str, set[str]] = {}
     for row in rows:
-        found.setdefault(row["job_id"], set()).add(row["split"] or "")
-    return {
-        job_id: "test" if "test" in splits else min(splits - {SIMULATED}, default="test")
-        for job_id, splits in found.items()
+        if row["metric"]:
+            splits.setdefault(row["job_id"], set()).add(row["split"] or "")
+    own = {
+        job_id: "test" if "test" in found else min(found - {SIMULATED}, default="test")
+        for job_id, found in splits.items()
     }
+    measured = [
+        (row, _table_key(row, own[row["job_id"]] if row["split"] == SIMULATED else row["split"] or ""))
+        for row in rows
+        if row["metric"]
+    ]
+    tables: dict[TableKey, dict[TableKey, None]] = {}
+    for row, key in measured:
+        tables.setdefault(_table_key(row, ""), {})[key] = None
+    lost = [row for row in rows if not row["metric"]]
+    return measured + [
+        (row, key) for row in lost for key in tables.get(_table_key(row, ""), (_table_key(row, row["split"] or ""),))
+    ]
 
 
-def _table_key(row: Row, splits: Mapping[str, str]) -> TableKey:
-    columns = {column: row[column] or "" for column in _KEY}
-    if columns["split"] == SIMULATED:
-        columns["split"] = splits[row["job_id"]]
-    return _key_of(*columns.values())
+def _table_key(row: Row, split: str) -> TableKey:
+    return _key_of(*(split if column == "split" else row[column] or "" for column in _KEY))
 
 
 _KEY = [column.name for column in dataclasses.fields(TableKey)]
@@ -224,7 +239,22 @@ def mixed(runs: Mapping[str, Sequence[Row]]) -> dict[str, dict[str, list[str]]]:
                 found.setdefault(value, {})[label] = None
         if len(found) > (len(plugins) if column == "plugin_version" else 1):
             found_in[column] = {value: list(labels) for value, labels in sorted(found.items())}
-    return found_in
+    by_version = _seeds_by_version(runs)
+    return {**found_in, SOURCES: by_version} if by_version else found_in
+
+
+def _seeds_by_version(runs: Mapping[str, Sequence[Row]]) -> dict[str, list[str]]:
+    """Seeds of a row that were fitted by the same sources, with its label, where not all were."""
+    told: dict[str, list[str]] = {}
+    for label, rows in runs.items():
+        seeds: dict[str, set[int]] = {}
+        for row in rows:
+            if row["metric"]:
+                seeds.setdefault(row["source_hash"] or "", set()).add(int(row["seed"]))
+        if len(seeds) > 1:
+            for some in sorted(seeds.values(), key=min):
+                told.setdefault(seed_list(sorted(some)), []).append(label)
+    return told
 
 
 # Comparison of rows

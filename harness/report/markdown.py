@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from harness import readings
 from harness.files import Folder
 from harness.options import seeds_text
+from harness.record import FROM_FILE
 from harness.report import cells, doubts, notes, tables
 from harness.report.build import tables_of
 from harness.report.entries import FLAGS, UNTRUSTED, WARNING, Entry, Panel
@@ -254,6 +255,11 @@ def _repeat(table: Table) -> list[str]:
     command = ["harness", "compare", "--methods", methods, "--problems", table.key.problem, "--seeds", seeds]
     command += ["--budget", table.key.budget, "--precision", table.key.precision, "--device", table.key.device]
     command += ["--evaluators", ",".join(evaluators)] if evaluators else []
+    shared, _, step = table.key.step_mode.rpartition(" ")
+    command += ["--vectorize-seeds"] if shared else []
+    command += ["--step", step] if step != "auto" else []
+    for plugin in sorted({row.plugin for row in table.rows if row.plugin.startswith(FROM_FILE)}):
+        command += ["--plugin", plugin.removeprefix(FROM_FILE)]
     return ["", "To repeat:", "", f"    {cells.one_line(shlex.join(command), 10_000)}"]
 
 

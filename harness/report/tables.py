@@ -16,6 +16,9 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 }
 """Column of the table -> the metrics that can fill it, best first."""
 
+SOURCES = "sources"
+"""What is mixed in a row whose seeds were fitted by different versions of the sources; never ranked."""
+
 
 @dataclass(frozen=True, order=True, kw_only=True)
 class TableKey:

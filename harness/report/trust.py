@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from harness import readings, statistics
-from harness.report.tables import Certificate, MethodRow, Table
+from harness.report.tables import SOURCES, Certificate, MethodRow, Table
 from harness.statistics import (
     DENSITY_RATIO,
     LOWER_BOUNDS,
@@ -178,12 +178,15 @@ def best(table: Table, difference: Callable[[MethodRow, MethodRow], Difference |
     """The row whose log-likelihood is ahead of every other's beyond the noise and the gaps, if there is one.
 
     There is none where kinds differ or are density ratios, where a row is untrusted, where a pair shares one seed only,
-    and where the leader has a seed that did not end well, as the rest would flatter it, or carries a warning.
+    where the seeds of a row were fitted by different sources, and where the leader has a seed that did not end well, as
+    the rest would flatter it, or carries a warning.
     """
     ranked = {row.label: row.shown[LOG_LIKELIHOOD] for row in table.rows if LOG_LIKELIHOOD in row.shown}
     kinds = {estimate.kind for estimate in ranked.values()}
     rows = [row for row in table.rows if row.label in ranked]
     if len(ranked) < 2 or len(kinds) > 1 or DENSITY_RATIO in kinds or any(row.untrusted for row in rows):
+        return None
+    if SOURCES in table.mixed:
         return None
     leader = max(rows, key=lambda row: ranked[row.label].value)
     if ranked[leader.label].seeds != len(leader.statuses) or leader.warnings:

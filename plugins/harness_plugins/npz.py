@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ _KNOWN = (*_SPLITS, "test_labels")
 _FORM = "expected an .npz file with arrays train and test, and if wanted validation and test_labels"
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class ArraysFile(NetworksProblem):
     """Arrays of shape (N, ...) from an .npz file, modelled by fully connected networks unless ``model`` says otherwise.
 
@@ -35,17 +35,12 @@ class ArraysFile(NetworksProblem):
     name: str = "file"
     latent_dim: PositiveInt = 8
     likelihood: LikelihoodName = "bernoulli"
+    _written: tuple[int, int] | None = field(init=False, repr=False)
+    """When, and how long it was: part of what the problem is, so that a changed file is read anew."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        # When the file was written is part of what the problem is, so that a changed file is read anew.
         object.__setattr__(self, "_written", _written(self.path) if self.path else None)
-
-    def __eq__(self, other: object) -> bool:
-        return type(other) is type(self) and vars(self) == vars(other)
-
-    def __hash__(self) -> int:
-        return hash(tuple(vars(self).items()))
 
     def with_argument(self, text: str) -> ArraysFile:
         """The problem on the file at the path ``text``.

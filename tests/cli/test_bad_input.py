@@ -126,6 +126,9 @@ MISTAKES = [
     ([*COMPARE, "--stop-after", "-5"], "stop-after '-5': expected a positive number"),
     ([*COMPARE, "--stop-after", "1 week"], "stop-after '1 week': expected a positive number"),
     (["plan", *COMPARE[1:], "--stop-after", "nan"], "stop-after 'nan': expected a positive number"),
+    (["plan", *COMPARE[1:], "--json", "--format", "jsonl"], "--json or --format, not both"),
+    ([*COMPARE, "--only-failed"], "none of these has been tried yet in 'results/local'"),
+    (["exec", "binary.toml"], "not an order"),
     ([*COMPARE, "--stop_after", "5"], "unknown option '--stop_after'; did you mean '--stop-after'?"),
     # files and folders
     ([*COMPARE, "--plugin", "missing.py"], "plugin file 'missing.py' does not exist"),

@@ -103,6 +103,41 @@ def test_evaluate_measures_stored_fits(run: Run) -> None:
     assert records["job_id"].nunique() == 2
 
 
+FLAKY = """
+from dataclasses import dataclass
+from pathlib import Path
+from harness import hookimpl
+from harness_plugins.elbo import ELBO
+
+@dataclass(frozen=True, kw_only=True)
+class Flaky(ELBO):
+    name: str = "flaky"
+
+    def measure(self, fit, problem, run):
+        if Path("broken").exists():
+            raise RuntimeError("no luck")
+        return super().measure(fit, problem, run)
+
+@hookimpl
+def harness_evaluators():
+    return [Flaky()]
+"""
+
+
+def test_a_measurement_that_failed_can_be_tried_again(run: Run) -> None:
+    Path("flaky.py").write_text(FLAKY)
+    Path("broken").touch()
+    run("compare", "--methods", "vae", *TINY, "--out", "here")
+    words = ["evaluate", "here", "--evaluators", "flaky", "--plugin", "flaky.py"]
+    code, _, err = run(*words)
+    assert code == 1
+    assert err.splitlines()[-1] == "harness: `harness evaluate` with --retry failed tries these again"
+    Path("broken").unlink()
+    assert run(*words)[0] == 1  # it is done, until it is asked for again
+    assert run(*words, "--retry", "failed")[0] == 0
+    assert set(Store("here").records()["status"]) == {"ok"}
+
+
 def test_evaluate_without_a_fit_to_measure_is_refused(run: Run) -> None:
     Store.create("here")
     code, out, err = run("evaluate", "here", "--evaluators", "elbo")

@@ -253,6 +253,11 @@ class LeavesDouble(SharedScale):
         return SharedScale.fit(self, view, run)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unwritable(SharedScale):
+    widths: tuple[PositiveInt, ...] = (3, 4)
+
+
 class Forgetful(Checkpoint):
     """Does not give back what Adam knew."""
 
@@ -349,6 +354,7 @@ def altered(modules: Modules, **methods: Any) -> Any:
         (GetsNowhere, "stopped at each checkpoint, does not come to an end"),
         (LeavesParameters, "changes Pyro's parameters"),
         (NowhereFit, "nowhere-fit is unfit for small-posterior \\(never fits\\): check it on another problem"),
+        (Unwritable, "widths: only texts, numbers and truth values can be options"),
         (Thawed, "Thawed must be a frozen dataclass"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",

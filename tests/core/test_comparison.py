@@ -23,6 +23,7 @@ import harness
 from harness.comparison import evaluate, plan
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
 from harness.method import Fit
+from harness.options import UserError
 from harness.problem import Problem
 from harness.record import COLUMNS, TIMING_COLUMNS
 from harness.store import Store
@@ -120,6 +121,33 @@ def test_fit_in_memory_and_loaded_fit_are_the_compared_fit(tmp_path: Path) -> No
 def test_seeds_differ(tmp_path: Path) -> None:
     records = harness.compare("vae", out=tmp_path, **{**SMALL, "evaluators": "exact"})
     assert records[records["metric"] == "log_likelihood"]["value"].nunique() == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": [VAE]}, "methods: expected names, or objects of class Method, got <class"),
+        ({"methods": 3}, "methods: expected names, or objects of class Method, got 3"),
+        ({"evaluators": [VAE()]}, "evaluators: expected names, or objects of class Evaluator, got VAE"),
+        ({"seeds": 2.0}, "seeds 2.0: how many must be between"),
+        ({"budget": 5}, "budget 5: expected steps=N"),
+        ({"device": torch.device("cuda:1")}, "unknown device 'cuda:1'"),
+        ({"precision": 32}, "unknown precision '32'"),
+        ({"retry": "faild"}, "unknown status to retry 'faild'"),
+        ({"plugins": "mine.py"}, "plugin file 'mine.py' does not exist"),
+    ],
+)
+def test_arguments_of_another_type_are_a_clear_mistake(changes: dict, message: str, tmp_path: Path) -> None:
+    arguments = {"methods": "vae", **SMALL, "out": tmp_path / "out", **changes}
+    with pytest.raises(UserError, match=re.escape(message)):
+        harness.compare(**arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_text_stands_for_a_list_of_one(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(PLUGIN.format(name="mine"))
+    words = {"plugins": tmp_path / "mine.py", "retry": "failed,diverged", "device": torch.device("cpu")}
+    assert len(plan(iter(["mine"]), **SMALL, out=tmp_path, **words)) == 2
 
 
 def test_options_and_budget_make_other_jobs(tmp_path: Path) -> None:

@@ -107,6 +107,20 @@ def test_of_two_that_have_not_ended_well_the_one_that_is_there_stays(folder: Pat
     assert (into.job(job_id) or {})["status"] == "failed"
 
 
+@pytest.mark.parametrize("status", ["failed", "timeout", "killed"])
+def test_a_fit_that_goes_on_does_not_give_way_to_one_that_failed(status: str, folder: Path) -> None:
+    into, other = Store.create(folder / "new"), Store(folder / "a")
+    [job_id] = other.job_ids()
+    into.write_checkpoint(job_id, b"of a fit that was stopped")
+    with_status(other, job_id, status)
+    assert merge(into.path, [other.path]) == Merged(had=1)
+    assert into.job_ids() == []
+    assert into.checkpoint_path(job_id).read_bytes() == b"of a fit that was stopped"
+    with_status(other, job_id, "ok")
+    assert merge(into.path, [other.path]).jobs == 1
+    assert not into.checkpoint_path(job_id).exists()
+
+
 def test_what_a_job_says_of_its_failure_comes_along(folder: Path) -> None:
     other = Store(folder / "b")
     other.write_job("0123456789abcdef", {"job_id": "0123456789abcdef", "status": "failed"}, "Traceback")

@@ -209,6 +209,7 @@ def test_nothing_known_is_said() -> None:
         ([7], [7]),
         ((2, 0), [2, 0]),
         (range(2), [0, 1]),
+        (np.int64(2), [0, 1]),
         (np.arange(2), [0, 1]),
         (f"0,{2**63 - 1}", [0, 2**63 - 1]),
     ],
@@ -243,7 +244,22 @@ WRONG_TEXTS = [
     "9" * 30,
     f"0,{2**63}",
 ]
-WRONG_NUMBERS = [0, -1, MAX_SEEDS + 1, True, [], [0, 0], [-1], [1.5], ["1"], [True], [None], range(MAX_SEEDS + 1)]
+WRONG_NUMBERS = [
+    2.0,
+    None,
+    0,
+    -1,
+    MAX_SEEDS + 1,
+    True,
+    [],
+    [0, 0],
+    [-1],
+    [1.5],
+    ["1"],
+    [True],
+    [None],
+    range(MAX_SEEDS + 1),
+]
 
 
 @pytest.mark.parametrize("seeds", [*WRONG_TEXTS, *WRONG_NUMBERS])

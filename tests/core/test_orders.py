@@ -80,6 +80,17 @@ def test_commands_are_for_any_shell(tmp_path: Path, run: Run) -> None:
     assert set(Store(out).records()["status"]) == {"ok"}
 
 
+def test_limits_go_into_commands_and_are_not_lost_without_a_word(tmp_path: Path, run: Run) -> None:
+    words = ["plan", "--methods", "vae", *WORDS, "--seeds", "1", "--out", str(tmp_path)]
+    words += ["--time-limit", "10 min", "--stop-after", "60"]
+    code, lines, err = run(*words, "--format", "sh")
+    assert (code, err) == (0, "")
+    assert lines.endswith(" | harness exec --stop-after 60 --time-limit '10 min' -\n")
+    code, lines, err = run(*words, "--format", "jsonl")
+    assert (code, len(lines.splitlines())) == (0, 1)
+    assert err == "harness: orders do not hold --stop-after, --time-limit; give it to `harness exec`\n"
+
+
 def test_a_device_that_is_not_here_can_be_planned_for(tmp_path: Path, run: Run) -> None:
     texts = ordered(tmp_path, run, "--seeds", "1", "--device", "cuda")
     assert {parsed(text)["device"] for text in texts} == {"cuda"}
@@ -94,8 +105,8 @@ def test_objects_that_no_plugin_provides_cannot_be_ordered(tmp_path: Path) -> No
         carry_out(order)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", '{"schema": 1}', "{", '{"schema": "1"}'])
-def test_other_texts_are_no_orders(text: str) -> None:
+@pytest.mark.parametrize("text", ["", "[]", "3", '{"schema": 1}', "{", '{"schema": "1"}', b"\xff\xfe"])
+def test_other_texts_are_no_orders(text: str | bytes) -> None:
     with pytest.raises(UserError, match="not an order"):
         parsed(text)
 

@@ -97,7 +97,8 @@ class FakeStore:
         measurement = {
             "metric": metric, "value": float(values.mean()), "kind": GAUSSIAN_KINDS.get(metric, "density ratio"),
             "bounds": "", "unit": "nats", "stderr": stderr / np.sqrt(n),
-            "stderr_test": float(values.std(ddof=1) / np.sqrt(n)), "n_observations": n, "settings": "{}",
+            "stderr_test": float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else None, "n_observations": n,
+            "settings": "{}",
         }  # fmt: skip
         self.add(job, {**measurement, **columns})
         columns_of = {"job_id": job["job_id"], "evaluator": evaluator, "metric": metric}
@@ -528,3 +529,50 @@ def test_neither_torch_nor_pyplot_is_imported() -> None:
         "import harness.report.images; assert not {'torch', 'matplotlib.pyplot'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_lost_seed_counts_in_the_table_that_it_is_missing_from() -> None:
+    """What diverged has no split of its own: measured on validation images, the others would look whole."""
+    store = two_methods(split="validation")
+    store.add(store.job("avb", 3, status="diverged", reason="objective is nan"))
+    store.fit("vae", 3, -23.0, split="validation")
+    avb, _ = table_of(store).rows
+    assert (avb.statuses[3], avb.best) == ("diverged", False)
+    failed = two_methods(split="validation")
+    failed.fit("vae", 3, -23.0, split="validation")
+    job = failed.job("avb", 3)
+    failed.add(job, {"evaluator": "exact", "status": "failed", "reason": "no luck"})
+    failed.measure(job, "reconstruction", np.full(200, 20.0))  # on test images
+    validation, test = sorted(tables_of(failed.records(), failed.examples()), key=lambda table: -len(table.rows))
+    assert (validation.key.split, test.key.split) == ("validation", "test")
+    assert [(row.label, row.best) for row in validation.rows] == [("avb", False), ("vae", False)]
+    assert [issue.seed for issue in validation.rows[0].issues if issue.status == "failed"] == [3]
+
+
+def test_seeds_fitted_by_different_sources_are_told_and_not_ranked() -> None:
+    store = two_methods(sources={"avb": "1"})
+    assert [row.best for row in table_of(store).rows] == [True, False]
+    store.fit("avb", 3, -22.5, ratio=True, sources={"avb": "2"})
+    store.fit("vae", 3, -23.0, sources={"avb": "1"})
+    table = table_of(store)
+    assert [row.best for row in table.rows] == [False, False]
+    assert table.mixed["sources"] == {"seeds 0, 1, 2": ["avb"], "seed 3": ["avb"]}
+    assert "mixed sources: seeds 0, 1, 2 (avb); seed 3 (avb)" in printed(store)
+
+
+def test_one_observation_decides_nothing() -> None:
+    """It has no spread: nobody can be ahead beyond a noise that is not known."""
+    assert [row.best for row in table_of(two_methods(gap=50.0, n=1)).rows] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [({"step_mode": "compile"}, "--step compile"), ({"step_mode": "vectorised auto"}, "--vectorize-seeds"),
+     ({"step_mode": "vectorised eager"}, "--vectorize-seeds --step eager"),
+     ({"step_mode": "auto", "plugin": "file mine.py", "plugin_version": ""}, "--plugin mine.py")],
+)  # fmt: skip
+def test_the_command_that_repeats_asks_for_the_same_jobs(columns: dict[str, Any], words: str, tmp_path: Path) -> None:
+    store = two_methods(**columns)
+    text = write_report(store, tmp_path).read_text(encoding="utf-8")
+    [command] = [line for line in text.splitlines() if line.startswith("    harness compare")]
+    assert command.endswith(f" {words}")

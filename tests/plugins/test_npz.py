@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+import harness
+from harness.comparison import plan
 from harness.options import UserError
 from harness.problem import DataError, DeviceData, loaded
 from harness_plugins.npz import ArraysFile
@@ -182,3 +186,20 @@ def test_without_a_path_the_problem_says_how_to_give_one() -> None:
 def test_floats_are_kept_in_single_precision(tmp_path: Path) -> None:
     spec = saved(tmp_path, **halves(FLOATS)).dataset()
     assert {array.dtype for array in (spec.train, spec.validation, spec.test)} == {np.dtype(np.float32)}
+
+
+def test_a_comparison_on_it_is_kept_and_a_changed_file_is_another_problem(tmp_path: Path) -> None:
+    problem = saved(tmp_path, **halves(BYTES))
+    assert problem.config  # kept on first use, beside what the problem is
+    for same in (dataclasses.replace(problem), pickle.loads(pickle.dumps(problem))):
+        assert same == problem
+        assert hash(same) == hash(problem)
+    asked: dict[str, Any] = {"seeds": 2, "budget": "steps=5", "evaluators": "elbo", "out": tmp_path / "out"}
+    records = harness.compare("vae,avb", problem.name, **asked)
+    assert set(records.query("method == 'vae'")["status"]) == {"ok"}
+    assert all(job.done for job in plan("vae,avb", problem.name, **asked))
+    os.utime(problem.path, (0, 0))  # the same data, written at another time: read anew, and the same jobs
+    assert problem.with_argument(problem.path) != problem
+    assert all(job.done for job in plan("vae,avb", problem.name, **asked))
+    saved(tmp_path, **halves(BYTES[::-1]))
+    assert not any(job.done for job in plan("vae,avb", problem.name, **asked))
