@@ -68,9 +68,11 @@ class Speeds:
 
     Args:
         machine: Processor, its cores, and the threads that were used.
+        made: By which commit, and when; empty if that was not kept.
     """
 
     machine: str
+    made: str
     lines: Sequence[Line]
     measures: Sequence[Measure]
 
@@ -90,13 +92,13 @@ def read(measured: Mapping[str, Any]) -> Speeds:
             for each in told
             for name, median in each.get("measures", {}).items()
         ]
-        machine = _machine(measured["machine_info"], told)
+        machine, made = _machine(measured["machine_info"], told), _made(measured)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"expected a file of --benchmark-json: {type(error).__name__}: {error}") from error
     twice = sorted({line.key for line in lines if sum(line.key == other.key for other in lines) > 1})
     if twice:
         raise ValueError(f"two ratios have the name {', '.join(twice[0])}")
-    return Speeds(machine, lines, measures)
+    return Speeds(machine, made, lines, measures)
 
 
 def _line(what: str, ratio: Mapping[str, Any]) -> Line:
@@ -109,11 +111,21 @@ def _machine(info: Mapping[str, Any], told: Sequence[Mapping[str, Any]]) -> str:
     return f"{cpu.get('brand_raw', 'unknown processor')}, {cpu.get('count', '?')} cores, threads {threads}"
 
 
+def _made(measured: Mapping[str, Any]) -> str:
+    commit = measured.get("commit_info") or {}
+    if not commit.get("id"):
+        return ""
+    changed = " and changes that are in none" if commit.get("dirty") else ""
+    return f"Measured at commit {commit['id'][:7]}{changed}, {measured['datetime'][:10]}."
+
+
 def slim(measured: Mapping[str, Any]) -> dict[str, Any]:
     """The part that `read` reads: without the single rounds, and without the name of the machine."""
-    cpu = measured["machine_info"]["cpu"]
+    cpu, commit = measured["machine_info"]["cpu"], measured.get("commit_info") or {}
     return {
         "machine_info": {"cpu": {name: cpu[name] for name in ("brand_raw", "count") if name in cpu}},
+        "commit_info": {name: commit[name] for name in ("id", "dirty") if name in commit},
+        "datetime": measured.get("datetime", ""),
         "benchmarks": [{name: each[name] for name in ("fullname", "extra_info")} for each in measured["benchmarks"]],
     }
 
@@ -131,6 +143,7 @@ def markdown(speeds: Speeds) -> str:
             "",
             f"Machine: {speeds.machine}. All sides took turns in the same run. A ratio is the median of those of the",
             "rounds, in brackets with a 90 % interval of that median; above 1 ours is the faster one.",
+            *([speeds.made] if speeds.made else []),
             "",
             "| what | ours | peer | ratio | rounds |",
             "| --- | ---: | ---: | ---: | ---: |",

@@ -78,6 +78,8 @@ def measured(low: float = 0.9, high: float = 1.1, *, peer: str = "by hand", core
     facts = {"ours": "harness", "peer": peer, "unit": "s", "our_value": 0.00741, "peer_value": 2.0, "ratio": ratio}
     return {
         "machine_info": {"node": "somebody", "cpu": {"brand_raw": "A Processor", "count": cores}},
+        "commit_info": {"id": "0123456789abcdef", "dirty": True, "project": "somebody's", "branch": "main"},
+        "datetime": "2026-01-31T12:34:56+00:00",
         "benchmarks": [
             {
                 "fullname": "benchmarks/test_x.py::test_y",
@@ -98,6 +100,9 @@ def test_the_table_has_values_ratio_interval_and_machine() -> None:
     assert "| training loop | harness, 7.41 ms | by hand, 2 s | 1 (0.9, 1.1) | 30 |" in text
     assert "| training loop | slope | 1 (0.9, 1.1) | 30 |" in text
     assert "A Processor, 2 cores, threads [2]" in text
+    assert "Measured at commit 0123456 and changes that are in none, 2026-01-31." in text
+    old = {name: value for name, value in measured().items() if name not in ("commit_info", "datetime")}
+    assert "Measured" not in table.markdown(table.read(old))
 
 
 def test_what_is_kept_is_read_as_the_same_and_names_no_machine() -> None:
