@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from safetensors.numpy import save as save_tensors
 
 from harness.files import QUARANTINE, Facts, Folder, T, Wanted, arrays_of, checksum, facts_with, npz
 from harness.options import UserError
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -168,7 +171,15 @@ class Artifacts(Folder):
         return []
 
     def write_measured(self, job_id: str, evaluator: str, facts: Facts, examples: Mapping[str, np.ndarray]) -> None:
-        """Write measurements; the values per observation first, without what was said of others."""
+        """Write measurements; the values per observation first, without what was said of others.
+
+        Those of a fit (``fit_sha256`` of the facts) that another process has replaced by one with other bits are not
+        kept, and a warning in the log says so.
+        """
+        current = (self.job(job_id) or {}).get("fit_sha256")
+        if current is not None and facts.get("fit_sha256", current) != current:
+            log.warning("job %s: its fit was replaced while %s measured it; measure again", job_id, evaluator)
+            return
         self._traceless.clear()
         name, content = f"measurements/{job_id}/{evaluator}", npz(examples)
         text = _text({**facts, "npz_bytes": len(content), "arrays": list(examples)})

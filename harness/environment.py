@@ -30,7 +30,11 @@ def describe(device: torch.device) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Versions of Python, the system and the libraries that numbers depend on."""
     packages = {name: metadata.version(name) for name in _PACKAGES}
-    return {"python": platform.python_version(), "system": " ".join((platform.system(), platform.machine(), *platform.libc_ver())), **packages}
+    return {
+        "python": platform.python_version(),
+        "system": " ".join((platform.system(), platform.machine(), *platform.libc_ver())),
+        **packages,
+    }
 
 
 def _hardware(device: torch.device) -> str:

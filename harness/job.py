@@ -62,6 +62,9 @@ VECTORISED = "vectorised"
 
 _MEASURE_SOURCES = (evaluator, estimators)
 
+for _module in (*_FIT_SOURCES, *_MEASURE_SOURCES):
+    source_hash(_module)  # as they have been imported, whatever becomes of the files
+
 
 @lru_cache(maxsize=64)
 def _spec_hash(problem: Problem, content_hash: str) -> str:

@@ -8,6 +8,7 @@ import json
 import math
 import sys
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -339,6 +340,17 @@ def source_hash(thing: object) -> str:
     if path is None:
         raise TypeError(f"{thing!r} has no source file; results of a plugin without one cannot be identified")
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def remember_sources(thing: object) -> None:
+    """Hash what defines a method, problem or evaluator now that it has been imported, before anybody edits it.
+
+    A process that goes on for days would else execute what it imported under the hash of what is in the file by then.
+    """
+    with suppress(TypeError):  # without a source file: whoever asks for its hash is told
+        class_sources(type(thing))
+        for module in getattr(thing, "modules", ()):
+            source_hash(module)
 
 
 def class_sources(cls: type) -> list[str]:

@@ -19,7 +19,7 @@ from harness.experiment import Experiment
 from harness.loading import PluginError, check_marked, check_prototype, import_file, reason_of
 from harness.method import Method
 from harness.options import Configurable, UserError, configure, parse_selection, several, unknown
-from harness.problem import Dataset, Problem
+from harness.problem import Dataset, Problem, remember_sources
 from harness.record import FROM_FILE
 
 T = TypeVar("T", bound=Configurable)
@@ -176,6 +176,8 @@ class Registry:
             raise
         for kind, things in found.items():
             self._claim(kind, things, plugin)
+            for thing in things:
+                remember_sources(thing)
         self.plugins.append(plugin)
 
     def _check_hooks(self, module: object) -> None:

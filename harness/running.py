@@ -18,7 +18,7 @@ from harness import loop, training
 from harness.checkpoint import StoredCheckpoint
 from harness.clock import Clock
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
-from harness.files import DiskFull
+from harness.files import DiskFull, checksum
 from harness.gallery import gallery
 from harness.job import Job, evaluator_file
 from harness.memory import keep_freed
@@ -146,7 +146,7 @@ def _stored(
         if isinstance(ended, BaseException):
             raise ended
         facts |= _spent(ended, run.clock)
-        state = {name: tensor.cpu().contiguous().numpy() for name, tensor in ended.state.items()}
+        state = _arrays_of(ended)
         curve = [dataclasses.asdict(point) for point in run.curve]
         with isolated(derive("gallery", job.job_id)):
             pictures = gallery(ended, job.data(), job.seed)
@@ -199,6 +199,11 @@ def measure_job(
     return outcome
 
 
+def _arrays_of(fit: Fit) -> dict[str, np.ndarray]:
+    """The state of a fit, as it is stored."""
+    return {name: tensor.cpu().contiguous().numpy() for name, tensor in fit.state.items()}
+
+
 def _spent(fit: Fit, clock: Clock) -> Facts:
     seconds = clock.seconds["fit"]
     return {
@@ -219,8 +224,9 @@ def _measure_and_store(job: Job, by: Evaluator, fit: Callable[[], Fit], run: Eva
     clock, name = Clock(job.device), evaluator_file(by)
     rows: list[Facts] = []
     examples: dict[str, np.ndarray] = {}
-    outcome = JobOutcome("ok")
+    outcome, of_fit = JobOutcome("ok"), None
     try:
+        of_fit = checksum(_arrays_of(fit()))
         measurements = _measure(job, by, fit(), run, clock)
         rows = [_columns(measurement) for measurement in measurements]
         examples = {key: array for measurement in measurements for key, array in _arrays(measurement)}
@@ -229,7 +235,7 @@ def _measure_and_store(job: Job, by: Evaluator, fit: Callable[[], Fit], run: Eva
     except (Exception, SystemExit) as error:  # an evaluator may fail in any way; the other evaluators go on
         outcome = JobOutcome("failed", f"{type(error).__name__}: {error}")
         store.write_text(f"measurements/{job.job_id}/{name}.traceback.txt", traceback.format_exc())
-    store_measured(job, by, outcome, store, rows, examples, clock.seconds.get("measure"))
+    store_measured(job, by, outcome, store, rows, examples, clock.seconds.get("measure"), of_fit=of_fit)
     return outcome
 
 
@@ -242,8 +248,13 @@ def store_measured(
     examples: Mapping[str, np.ndarray] | None = None,
     seconds: float | None = None,
     output: str = "",
+    of_fit: str | None = None,
 ) -> None:
-    """Store what an evaluator has said of a job, or how it has ended, and what it has printed last."""
+    """Store what an evaluator has said of a job, or how it has ended, and what it has printed last.
+
+    Args:
+        of_fit: Checksum of the state of the fit that was measured, if that is known.
+    """
     if output:
         store.write_text(f"measurements/{job.job_id}/{evaluator_file(by)}.output.txt", output)
     common = {
@@ -253,6 +264,7 @@ def store_measured(
         "evaluate_seconds": seconds,
     }
     facts = {"key": job.measurement_key(by), "config": by.config, "rows": [{**common, **row} for row in rows or [{}]]}
+    facts |= {"fit_sha256": of_fit} if of_fit else {}
     store.write_measured(job.job_id, evaluator_file(by), facts, examples or {})
 
 

@@ -134,7 +134,9 @@ class Store(Artifacts):
         job = self.job(job_id)
         if job is None:
             return
-        results = [facts for _, measured in self._measurements(job_id) for facts in measured["rows"]]
+        # Those of a fit that is gone, and could not be made anew, say nothing of a job that is ok.
+        found = self._measurements(job_id) if job["status"] == "ok" else ()
+        results = [facts for _, measured in found for facts in measured["rows"]]
         yield from (row(job, facts) for facts in results)
         if not results:
             yield row(job)

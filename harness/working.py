@@ -189,7 +189,7 @@ class Deaths:
             What is to be worked on yet.
         """
         again = dataclasses.replace(bundle, deaths=bundle.deaths + end.times)
-        if at is None and again.deaths < MOST_DEATHS:
+        if at is None and again.deaths < MOST_DEATHS and end.status != "timeout":
             return [again]
         killed = JobOutcome(end.status, end.reason)
         fitted = [job_id for job_id in left if (at and at.fitted) or self._is_fitted(job_id)]
@@ -216,7 +216,7 @@ class Deaths:
         self.on_end(job.job_id, outcome)
 
     def _is_fitted(self, job_id: str) -> bool:
-        return (self.store.job(job_id) or {}).get("status") == "ok"
+        return (self.store.job(job_id) or {}).get("status") == "ok" and self.store.has_fit(job_id)
 
 
 def threads_each(jobs: int) -> int:

@@ -75,6 +75,8 @@ def work_for(connection: Connection, output: tuple[Connection, Connection], prep
         os.dup2(to_print.fileno(), stream)
     to_print.close()
     faulthandler.enable(file=2)
+    if hasattr(os, "register_at_fork"):  # else the boss would wait for the end of what this process has forked
+        os.register_at_fork(after_in_child=connection.close)
     _no_semaphores()
     line, tasks = _Line(connection, end), _Tasks(connection)
     line.say("ready")

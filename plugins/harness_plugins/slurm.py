@@ -15,6 +15,7 @@ from harness.executor import Died, Executor, Handle, Submit
 from harness.options import UserError
 
 NO_SUBMITIT = "submitit is not installed: pip install 'inference-harness[slurm]'"
+OUT_OF_REQUEUES = "timed-out too many times"  # as submitit says it
 KEPT_OUTPUT = 2**16
 """Characters of what a job has printed last."""
 
@@ -123,15 +124,16 @@ class _Handle:
 
         try:
             found = self.job.result()
-        except (FailedJobError, UncompletedJobError):
-            raise self._death() from None
+        except (FailedJobError, UncompletedJobError) as error:
+            raise self._death(str(error)) from None
         for path in (self.job.paths.submitted_pickle, self.job.paths.result_pickle):
             path.unlink(missing_ok=True)
         return found
 
-    def _death(self) -> Died:
+    def _death(self, told: str) -> Died:
+        """What is out of requeues ends by an exception of submitit's, and its state does not say why."""
         state = str(self.job.state)
-        status = "timeout" if "TIMEOUT" in state else "killed"
+        status = "timeout" if "TIMEOUT" in state or OUT_OF_REQUEUES in told else "killed"
         return Died(
             f"its Slurm job {self.job.job_id} ended as {state}", (self.job.stderr() or "")[-KEPT_OUTPUT:], status
         )

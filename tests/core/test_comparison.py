@@ -248,6 +248,30 @@ def test_failed_jobs_are_tried_again_only_when_asked(tmp_path: Path) -> None:
     assert not plan([method], **arguments, retry=["failed"])[0].done
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fragile(VAE):
+    name: str = "fragile"
+
+    def fit(self, view, run):
+        if os.environ.get("FRAGILE"):
+            raise RuntimeError("no luck this time")
+        return super().fit(view, run)
+
+
+def test_a_fit_that_is_gone_and_cannot_be_made_anew_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = {**SMALL, "seeds": 1, "evaluators": "exact", "out": tmp_path}
+    harness.compare([Fragile()], **arguments)
+    [job_id] = Store(tmp_path).job_ids()
+    Store(tmp_path).state_path(job_id).unlink()
+    monkeypatch.setenv("FRAGILE", "yes")
+    records = harness.compare([Fragile()], **{**arguments, "evaluators": "exact,reconstruction"})
+    assert list(records["status"]) == ["failed"]
+    monkeypatch.delenv("FRAGILE")
+    records = harness.compare([Fragile()], **{**arguments, "evaluators": "exact,reconstruction"}, retry="failed")
+    assert set(records["status"]) == {"ok"}
+    assert set(records["evaluator"]) == {"exact", "reconstruction"}
+
+
 def test_only_what_has_failed_is_tried_again(tmp_path: Path) -> None:
     arguments = {**SMALL, "seeds": 1, "evaluators": "exact", "out": tmp_path}
     [first] = harness.compare([Raising()], **arguments)["started_at"]

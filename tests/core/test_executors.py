@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pandas as pd
@@ -27,6 +28,7 @@ from harness.options import UserError
 from harness.record import TIMING_COLUMNS
 from harness.stopping import Stopped
 from harness.store import Store
+from harness_plugins import slurm
 
 SMALL: dict[str, Any] = {"problems": "four-points", "budget": "steps=30", "evaluators": "exact,reconstruction"}
 
@@ -197,6 +199,24 @@ def test_a_process_that_dies_in_a_slurm_job_costs_only_its_job(deadly: Path, tmp
     [row] = records[records["method"] == "deadly"].itertuples()
     assert row.reason == "its worker process ended with exit code 7"
     assert "last words" in (out / "jobs" / f"{row.job_id}.output.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("state", "told", "status"),
+    [("FAILED", "Job not requeued because: timed-out too many times.", "timeout"), ("TIMEOUT", "", "timeout"),
+     ("FAILED", "no luck", "killed")],
+)  # fmt: skip
+def test_an_element_that_is_out_of_requeues_has_run_out_of_time(state: str, told: str, status: str) -> None:
+    """It ends by an exception in its own process, so that its state does not say why."""
+    from submitit.core.utils import FailedJobError
+
+    def result() -> None:
+        raise FailedJobError(told)
+
+    job = SimpleNamespace(state=state, job_id="7", result=result, stderr=lambda: "last words")
+    with pytest.raises(Died) as died:
+        slurm._Handle(job).result()
+    assert (died.value.status, died.value.output) == (status, "last words")
 
 
 def test_a_task_that_gets_lost_is_handed_in_again(tmp_path: Path) -> None:

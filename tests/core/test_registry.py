@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable
 from importlib import metadata
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness.options import UserError
+from harness.problem import class_sources
 from harness.registry import Plugin, PluginWarning, Registry
 
 HEAD = """
@@ -144,6 +146,16 @@ def test_a_plugin_file(tmp_path: Path) -> None:
     registry = Registry.discover([path])
     assert registry.methods["mine"].plugin == Plugin("one_off", "file one_off.py", "")
     assert list(tmp_path.iterdir()) == [path]  # nothing is written beside it
+
+
+def test_what_was_imported_is_known_by_its_source_of_then(tmp_path: Path) -> None:
+    """Whatever becomes of the file before it is used: else its results would pass for those of the edited one."""
+    path = tmp_path / "mine.py"
+    path.write_text(HEAD + HOOK)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    registry = Registry.discover([path])
+    path.write_text(HEAD + HOOK + "# edited")
+    assert digest in class_sources(type(registry.methods["mine"].thing))
 
 
 def test_an_edited_plugin_file_is_read_again(tmp_path: Path) -> None:

@@ -218,6 +218,28 @@ def test_measurements_of_who_was_faster_are_kept(whole: Store, tmp_path: Path) -
     assert Store(store.path).measured_by(job_id) == whole.measured_by(job_id)
 
 
+def test_a_measurement_of_a_fit_that_was_replaced_meanwhile_is_not_kept(
+    whole: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By another process, on a machine that gives other bits: what the job is now was never measured so."""
+    store = copied(whole, tmp_path / "out")
+    job_id = store.job_ids()[0]
+    [name, *_] = store.measured_by(job_id)
+    measured, values = store.measured(job_id, name), store.values(job_id, name)
+    assert measured is not None
+    assert measured["fit_sha256"] == (store.job(job_id) or {})["fit_sha256"]
+    state = {key: array + 1 for key, array in store.state(job_id).items()}
+    store.write_fit(job_id, state, [], {}, store.job(job_id) or {})
+    assert store.measured_by(job_id) == []
+    store.write_measured(job_id, name, measured, values or {})
+    assert store.measured_by(job_id) == []
+    assert "its fit was replaced while" in caplog.text
+    store.write_measured(
+        job_id, name, {**measured, "fit_sha256": (store.job(job_id) or {})["fit_sha256"]}, values or {}
+    )
+    assert store.measured_by(job_id) == [name]
+
+
 def test_a_measurement_that_is_replaced_while_it_is_read_is_not_taken_for_damaged(whole: Store, tmp_path: Path) -> None:
     store = copied(whole, tmp_path / "out")
     job_id = store.job_ids()[0]

@@ -24,13 +24,14 @@ import torch
 import harness
 from harness.audience import Progress
 from harness.cli.progress import PlainProgress
-from harness.comparison import plan
+from harness.comparison import plan, planned
 from harness.executors import End, WorkerProcesses
 from harness.options import UserError
 from harness.planning import PlannedJob
 from harness.record import TIMING_COLUMNS
 from harness.stopping import Stop, Stopped
 from harness.store import Store
+from harness.working import Bundle, Deaths, Whereabouts
 from harness_plugins.vae import VAE
 
 SMALL: dict[str, Any] = {
@@ -40,7 +41,7 @@ METHODS = "avb[noise_dim=4],vae"
 HARNESS = [sys.executable, "-c", "import sys; from harness.cli import main; sys.exit(main())"]
 
 BAD = """
-import multiprocessing, os, signal, warnings
+import multiprocessing, os, signal, time, warnings
 from dataclasses import dataclass
 from harness import hookimpl
 from harness.evaluator import Evaluator
@@ -53,6 +54,18 @@ class Dying(VAE):
     by: int = 9
     def fit(self, view, run):
         os.kill(os.getpid(), self.by) if self.by > 0 else os._exit(-self.by)
+
+@dataclass(frozen=True, kw_only=True)
+class Forking(VAE):
+    '''Dies in its fit, and leaves a process behind, whose id it notes.'''
+    name: str = "forking"
+    def fit(self, view, run):
+        child = os.fork()
+        if child == 0:
+            time.sleep(300)
+        with open("child", "a") as file:
+            print(child, file=file)
+        os.kill(os.getpid(), 9)
 
 @dataclass(frozen=True, kw_only=True)
 class Raising(VAE):
@@ -86,7 +99,7 @@ if once and multiprocessing.parent_process() and not os.path.exists(once):
 
 @hookimpl
 def harness_methods():
-    return [Dying(), Raising(), Fatal()]
+    return [Dying(), Forking(), Raising(), Fatal()]
 
 @hookimpl
 def harness_evaluators():
@@ -158,6 +171,37 @@ def test_a_worker_that_dies_costs_only_its_job(tmp_path: Path, bad: Path, by: in
     assert list(again["started_at"]) == list(records["started_at"]), "what has ended is not tried again unasked"
     retried = plan(f"dying[by={int(by)}]", out=tmp_path, retry=["killed"], **given)
     assert not any(job.done for job in retried)
+
+
+def test_a_process_that_a_dead_worker_has_forked_holds_nobody_up(
+    tmp_path: Path, bad: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has all that the worker had open, and goes on for five minutes."""
+    monkeypatch.chdir(tmp_path)
+    start = time.monotonic()
+    try:
+        records = harness.compare("forking", out=tmp_path, jobs=2, plugins=[bad], **{**SMALL, "seeds": 1})
+    finally:
+        for child in (tmp_path / "child").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
+    assert list(records["status"]) == ["killed"]
+    assert time.monotonic() - start < 200
+
+
+@pytest.mark.parametrize("at", [None, Whereabouts()])
+def test_a_fit_that_is_gone_and_kills_its_worker_is_not_made_again_and_again(
+    at: Whereabouts | None, tmp_path: Path
+) -> None:
+    given = {**SMALL, "seeds": 1, "out": tmp_path}
+    [job_id] = set(harness.compare("vae", **given)["job_id"])
+    store = Store(tmp_path)
+    store.state_path(job_id).unlink()
+    ended: list[str] = []
+    deaths = Deaths(planned("vae", **given), store, {}, lambda job_id, outcome: ended.append(outcome.status))
+    bundle, end = Bundle((job_id,)), End("timeout", "its time was up", "")
+    assert deaths.of(bundle, [job_id], at, end) == []
+    assert (ended, (store.job(job_id) or {})["status"]) == (["timeout"], "timeout")
+    assert list(store.records()["status"]) == ["timeout"]  # what was measured of the fit that is gone is no record
 
 
 @pytest.mark.parametrize("together", [False, True])
