@@ -7,8 +7,8 @@
     python -m benchmarks.table NEW.json --against results/speed/speed.json
 
 The second writes `speed.md`, and `speed.json` with as much of the measurements as the third needs. The third compares
-ratios, not times, since a machine that others use is not always as fast: one is worse if the whole of its 90 % interval
-is below that of before. Exit code 1 says that one is; 2 that a file cannot be read.
+ratios and slopes, and seconds only of the same machine: one is worse if the whole of its 90 % interval is on the wrong
+side of that of before. Exit code 1 says that one is; 2 that a file cannot be read.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 Key = tuple[str, str, str]
+SLOPE = "log-log slope"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """Another median with its interval: a slope, or seconds."""
+    """Another median with its interval: a slope, or seconds; the less, the better."""
 
     what: str
     name: str
@@ -60,6 +61,10 @@ class Measure:
     low: float
     high: float
     rounds: int
+
+    @property
+    def key(self) -> Key:
+        return self.what, self.name, ""
 
 
 @dataclass(frozen=True)
@@ -166,20 +171,27 @@ def with_interval(each: Line | Measure) -> str:
 
 
 def worse(new: Speeds, before: Speeds) -> list[str]:
-    """Ratios that have fallen: a line for each."""
+    """Ratios that have fallen and measures that have risen: a line for each. Seconds are those of one machine."""
     known = {line.key: line for line in before.lines}
-    return [
+    measures = {each.key: each for each in before.measures if each.name == SLOPE or new.machine == before.machine}
+    fallen = [
         f"{line.what}: {line.ours} against {line.peer} was {with_interval(known[line.key])}, is {with_interval(line)}"
         for line in new.lines
         if line.key in known and line.high < known[line.key].low
     ]
+    risen = [
+        f"{each.what}: {each.name} was {with_interval(measures[each.key])}, is {with_interval(each)}"
+        for each in new.measures
+        if each.key in measures and each.low > measures[each.key].high
+    ]
+    return fallen + risen
 
 
 def not_compared(new: Speeds, before: Speeds) -> list[str]:
     """What says nothing of whether it is worse: a line for each."""
-    found, known = {line.key for line in new.lines}, {line.key for line in before.lines}
-    notes = [f"not measured this time: {', '.join(key)}" for key in sorted(known - found)]
-    notes += [f"not measured before: {', '.join(key)}" for key in sorted(found - known)]
+    found, known = ({each.key for each in (*speeds.lines, *speeds.measures)} for speeds in (new, before))
+    notes = [f"not measured this time: {', '.join(filter(None, key))}" for key in sorted(known - found)]
+    notes += [f"not measured before: {', '.join(filter(None, key))}" for key in sorted(found - known)]
     if new.machine != before.machine:
         notes.append(f"another machine: {before.machine} before, {new.machine} now")
     return notes
@@ -209,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     fallen = worse(new, before)
     _say([*not_compared(new, before), *(f"worse: {line}" for line in fallen)])
-    _say([f"{len(fallen)} of {len(new.lines)} ratios are worse"])
+    _say([f"{len(fallen)} of {len(new.lines) + len(new.measures)} are worse"])
     return 1 if fallen else 0
 
 

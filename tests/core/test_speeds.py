@@ -75,6 +75,7 @@ def test_a_share_of_the_peak_is_of_operations_a_second() -> None:
 def measured(low: float = 0.9, high: float = 1.1, *, peer: str = "by hand", cores: int = 2) -> dict[str, Any]:
     """As pytest-benchmark writes it."""
     ratio = {"median": (low + high) / 2, "low": low, "high": high, "rounds": 30}
+    slope = {"median": 1.0, "low": 0.9, "high": 1.1, "rounds": 30}
     facts = {"ours": "harness", "peer": peer, "unit": "s", "our_value": 0.00741, "peer_value": 2.0, "ratio": ratio}
     return {
         "machine_info": {"node": "somebody", "cpu": {"brand_raw": "A Processor", "count": cores}},
@@ -83,7 +84,7 @@ def measured(low: float = 0.9, high: float = 1.1, *, peer: str = "by hand", core
         "benchmarks": [
             {
                 "fullname": "benchmarks/test_x.py::test_y",
-                "extra_info": {"what": "training loop", "threads": 2, "ratios": [facts], "measures": {"slope": ratio}},
+                "extra_info": {"what": "training loop", "threads": 2, "ratios": [facts], "measures": {"slope": slope}},
                 "stats": {"data": [1.0]},
             },
             {"fullname": "benchmarks/test_x.py::test_z", "extra_info": {}, "stats": {}},
@@ -118,6 +119,24 @@ def test_a_ratio_is_worse_only_if_its_interval_is_below(low: float, high: float,
     assert bool(table.worse(speeds(low, high), speeds(0.9, 1.1))) == is_worse
 
 
+@pytest.mark.parametrize(
+    ("name", "cores", "is_worse"), [("log-log slope", 2, True), ("log-log slope", 4, True), ("seconds", 2, True),
+                                    ("seconds", 4, False)],
+)  # fmt: skip
+def test_a_measure_is_worse_only_if_its_interval_is_above(name: str, cores: int, is_worse: bool) -> None:
+    """Seconds on another machine say nothing."""
+
+    def told(low: float, high: float, cores: int) -> Any:
+        found = measured(cores=cores)
+        facts = found["benchmarks"][0]["extra_info"]
+        facts["measures"] = {name: {"median": (low + high) / 2, "low": low, "high": high, "rounds": 9}}
+        return table.read(found)
+
+    assert bool(table.worse(told(1.2, 1.3, cores), told(0.9, 1.1, 2))) == is_worse
+    assert table.worse(told(1.0, 1.3, cores), told(0.9, 1.1, 2)) == []
+    assert table.worse(told(0.1, 0.2, cores), told(0.9, 1.1, 2)) == []
+
+
 def test_what_cannot_be_compared_is_said() -> None:
     assert table.worse(speeds(0.1, 0.2, peer="pyro"), speeds()) == []
     notes = table.not_compared(speeds(peer="pyro", cores=4), speeds())
@@ -147,7 +166,7 @@ def test_the_command_writes_and_compares(tmp_path: Path) -> None:
     assert "| training loop |" in (tmp_path / "speed/speed.md").read_text()
     kept = tmp_path / "speed/speed.json"
     same, worse = command(before, "--against", kept), command(after, "--against", kept)
-    assert (same.returncode, same.stdout) == (0, "0 of 1 ratios are worse\n")
+    assert (same.returncode, same.stdout) == (0, "0 of 2 are worse\n")
     assert worse.returncode == 1
     assert "worse: training loop: harness against by hand was 1 (0.9, 1.1), is 0.55 (0.5, 0.6)" in worse.stdout
 
