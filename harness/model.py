@@ -220,6 +220,8 @@ class GaussianLikelihood(Likelihood):
 
     def log_prob(self, x: Tensor, outputs: Tensor) -> Tensor:
         if outputs.shape[-2] == 1 and x.shape[0] != 1:  # all pairs: one matrix product instead of an (S, N, E) array
+            centre = x.mean(0)  # far from zero the squares would cancel each other in single precision
+            x, outputs = x - centre, outputs - centre
             squared = x.square().sum(-1) - 2 * _inner(outputs, x) + outputs.square().sum(-1)
         else:
             squared = (x - outputs).square().sum(-1)

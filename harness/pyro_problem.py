@@ -237,6 +237,8 @@ class PyroModel(LatentModel):
                 z, log_p = self._together(TRIED)
             except Exception:  # shapes that do not fit lead to errors of all kinds
                 return False
+            if z.shape != (TRIED, self.latent_dim):  # a site's own batch was taken for the draws
+                return False
             alone: list[Tensor] = []
             for latent in z:
                 with _coordinates_handler()(latent, self.places) as handler:
@@ -372,6 +374,16 @@ def _observed_faults(name: str, shape: tuple[int, ...], sites: Mapping[str, Site
         yield f"site {name!r} has the shape {tuple(sites[name]['fn'].shape())}; what was observed has {shape}"
 
 
+def _without_density(distribution: Any) -> str:
+    """What is masked or concentrated on a point in a distribution, whatever is wrapped around it; empty if nothing."""
+    while distribution is not None:
+        kind = type(distribution).__name__.removesuffix("Distribution")
+        if kind in ("Masked", "Delta"):
+            return kind.lower()
+        distribution = getattr(distribution, "base_dist", None)
+    return ""
+
+
 def _latent_faults(site: Site) -> Iterator[str]:
     name, distribution = site["name"], site["fn"]
     if distribution.support.is_discrete:
@@ -380,6 +392,8 @@ def _latent_faults(site: Site) -> Iterator[str]:
         yield f"the latent site {name!r} is enumerated: sum it out"
     elif site["mask"] is not None or site["scale"] != 1:
         yield f"the latent site {name!r} is scaled or masked: its prior is no density then"
+    elif kind := _without_density(distribution):
+        yield f"the latent site {name!r} has a {kind} distribution, which is no density"
     else:
         try:
             biject_to(distribution.support)

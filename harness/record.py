@@ -57,6 +57,7 @@ def _source_hash(sources: Mapping[str, str] | None) -> str | None:
 def _bits_per_dim(facts: Mapping[str, Any]) -> float | None:
     """-log2 p(x) per element: only for log-likelihoods of observations with an image's shape."""
     shape = facts.get("event_shape") or ()
-    if facts.get("metric") != "log_likelihood" or len(shape) < 2 or facts.get("value") is None:
+    density = facts.get("binarisation") == "none"
+    if facts.get("metric") != "log_likelihood" or len(shape) < 2 or facts.get("value") is None or density:
         return None
     return -facts["value"] / (math.prod(shape) * math.log(2))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -73,6 +73,15 @@ def plain(text: str) -> str:
     return f" {shown}" if shown.startswith("_") else shown
 
 
+def distinct(labels: Iterable[str]) -> dict[str, str]:
+    """What each label is called in a figure: those that are cut to the same text are numbered."""
+    names: dict[str, str] = {}
+    for label in dict.fromkeys(labels):
+        same = sum(name.partition(" #")[0] == plain(label) for name in names.values())
+        names[label] = f"{plain(label)} #{same + 1}" if same else plain(label)
+    return names
+
+
 def tidy(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9", linewidth=0.8)
@@ -90,9 +99,10 @@ def curves(table: Table, store: Source, colour: Mapping[str, str]) -> Figure | N
         return None
     figure = Figure(figsize=(9, 3.9), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True, squeeze=False)[0]
+    names = distinct(row.label for row in table.rows)
     for row in shown:
         for axes, column in zip(panels, (0, 1), strict=True):
-            _draw_curves(axes, row, found[row.label], column, colour[row.label])
+            _draw_curves(axes, row, names[row.label], found[row.label], column, colour[row.label])
     for axes, label in zip(panels, ("training steps", "seconds of training (validation apart)"), strict=True):
         axes.set_xlabel(label)
         axes.set_xlim(left=0)
@@ -121,13 +131,13 @@ def _validation_curves(row: MethodRow, store: Source) -> list[Array]:
     return found
 
 
-def _draw_curves(axes: Axes, row: MethodRow, found: Sequence[Array], column: int, colour: str) -> None:
+def _draw_curves(axes: Axes, row: MethodRow, name: str, found: Sequence[Array], column: int, colour: str) -> None:
     style = "--" if row.density_ratio else "-"
     if len(found) > 1:
         for curve in found:
             axes.plot(curve[column], curve[2], style, color=colour, linewidth=0.8, alpha=0.4)
     mean = _mean_curve(found)
-    label = plain(row.label) + (" (density ratio: no bound)" if row.density_ratio else "")
+    label = name + (" (density ratio: no bound)" if row.density_ratio else "")
     label += f" ({MOST_CURVES} of {len(row.jobs):,} seeds)" if len(row.jobs) > MOST_CURVES else ""
     axes.plot(mean[column], mean[2], style, color=colour, linewidth=2, label=label)
     axes.plot(mean[column][-1:], mean[2][-1:], "o", color=colour, markersize=5)
@@ -175,9 +185,11 @@ def differences(table: Table, colour: Mapping[str, str]) -> Figure | None:
             height = [position - 0.4, position + 0.4]
             axes.fill_betweenx(height, -reach[position], reach[position], color="0.85", linewidth=0, zorder=0)
     doubted = [" (untrusted)" if row.untrusted or first.untrusted else "" for row in rows]
-    axes.set_yticks(range(len(rows)), [plain(row.label) + doubt for row, doubt in zip(rows, doubted, strict=True)])
+    names = distinct(row.label for row in table.rows)
+    axes.set_yticks(range(len(rows)), [names[row.label] + doubt for row, doubt in zip(rows, doubted, strict=True)])
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    bias = "; grey: the BDMC gap with its error" if any(reach) else ""
+    bias = "; grey: the BDMC gap with its error" if any(0 < each < math.inf for each in reach) else ""
+    bias += "; without a grey bar: gap unknown, not ranked" if math.inf in reach else ""
     axes.set_xlabel(
         f"log p(x) less that of {plain(first.label)} [nats per observation, right is better]\n"
         f"thick: standard error; thin: within the noise if it reaches zero; crosses: seeds{bias}"

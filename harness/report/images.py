@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-from harness.report.figures import MUTED, PALETTE, Source, plain
+from harness.report.figures import MUTED, PALETTE, Source, distinct
 from harness.report.tables import Table
 
 Array = NDArray[np.float64]
@@ -29,10 +29,11 @@ GAP = "#A9BCD6"  # between images: neither black, white nor grey
 def galleries(table: Table, store: Source) -> dict[str, Mapping[str, np.ndarray]]:
     """The arrays of the first seed of each row that has any."""
     found: dict[str, Mapping[str, np.ndarray]] = {}
+    names = distinct(row.label for row in table.rows)
     for row in table.rows:
         for seed, job_id in list(row.jobs.items())[:1]:
             try:
-                found[f"{plain(row.label)}, seed {seed}"] = store.gallery(job_id)
+                found[f"{names[row.label]}, seed {seed}"] = store.gallery(job_id)
             except (OSError, ValueError, EOFError, BadZipFile):  # never written, or damaged: the figure goes without it
                 continue
     return found

@@ -23,9 +23,11 @@ Named = Mapping[str, tuple[float, float, float]]
 
 def modes(table: Table) -> Panel | None:
     """The share of each row's draws in each mode; None if there are no modes."""
-    found = {row.label: each for row in table.rows for _, each in _holding(row, table, SHARES)}
-    if not found:
+    holding = [(row, key, each) for row in table.rows for key, each in _holding(row, table, SHARES)]
+    if not holding:
         return None
+    by = _evaluators([key for _, key, _ in holding])
+    found = {row.label + by[key]: each for row, key, each in holding}
     exact = {name: value for each in found.values() for name, (value, *_) in _by_name(each, "exact_shares").items()}
     names = sorted(exact, key=_natural)
     shares = {label: _by_name(each, SHARES, "share_stderrs") for label, each in found.items()}
@@ -53,7 +55,8 @@ def moments(table: Table) -> Panel | None:
         *((row.label, key, each) for row, key, each in measured),
         *((FLOOR_LABEL, key, each) for key, each in floors.items()),
     ]
-    lines = [(f"{label}, {words(metric)}", _by_name(each, ERRORS_OF, "mcse")) for label, (_, metric), each in found]
+    by = _evaluators([key for _, key, _ in found])
+    lines = [(f"{label}, {words(key[1])}{by[key]}", _by_name(each, ERRORS_OF, "mcse")) for label, key, each in found]
     names = sorted({name for _, line in lines for name in line}, key=_natural)
     return Panel(
         title="Errors of means and standard deviations, in exact standard deviations",
@@ -63,6 +66,12 @@ def moments(table: Table) -> Panel | None:
         notes=(),
         kinds=frozenset(),
     )
+
+
+def _evaluators(keys: Sequence[Key]) -> dict[Key, str]:
+    """What tells the evaluators of a metric apart; nothing where there is one."""
+    several = {metric for _, metric in keys if len({by for by, of in keys if of == metric}) > 1}
+    return {(by, metric): f", by {by}" if metric in several else "" for by, metric in keys}
 
 
 def _holding(row: MethodRow, table: Table, name: str) -> list[tuple[Key, Estimate]]:

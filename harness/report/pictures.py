@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from harness.experiment import Differences, LatentPlanes, Line, Marginals, ModelSamples, Picture, Progression
 from harness.report import images
-from harness.report.figures import PALETTE, draw_difference, plain, tidy
+from harness.report.figures import PALETTE, distinct, draw_difference, plain, tidy
 from harness.report.marginals import marginals
 from harness.report.progression import points, progression
 from harness.report.reproduced import Outcome, Results, measure, outcome
@@ -38,11 +38,13 @@ def draw(picture: Picture, results: Results) -> Figure | None:
 def galleries(lines: Sequence[Line], results: Results) -> dict[str, Mapping[str, np.ndarray]]:
     """The arrays of the first seed of each line that ended well, by its label."""
     found: dict[str, Mapping[str, np.ndarray]] = {}
-    for label, row in measure(lines, results).rows.items():
+    rows = measure(lines, results).rows
+    names = distinct(rows)
+    for label, row in rows.items():
         suite = next(line.suite for line in lines if line.label == label)
         for job_id in list(row.jobs.values())[:1]:
             try:
-                found[plain(label)] = results.ran[suite].store.gallery(job_id)
+                found[names[label]] = results.ran[suite].store.gallery(job_id)
             except (OSError, ValueError, EOFError, BadZipFile):  # never written, or damaged: the figure goes without it
                 continue
     return found

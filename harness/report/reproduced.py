@@ -19,7 +19,7 @@ import pandas as pd
 from harness import readings, statistics
 from harness.experiment import Column, Contents, Contrast, Line, Suite
 from harness.report.build import exceeding, method_rows
-from harness.report.tables import MethodRow, certified_reach
+from harness.report.tables import MethodRow, asks_for_certificates, certified_reach
 from harness.report.trust import LOG_LIKELIHOOD, ValuesOf, of_seeds
 from harness.statistics import DENSITY_RATIO, LOWER_BOUNDS, SIMULATED, STANDARD_ERRORS, Difference, Estimate, Row
 
@@ -178,10 +178,7 @@ def _reach(contrast: Contrast, measured: Measured) -> float:
         found = [measured.estimate(label, floor) for label in measured.rows]
         return max((max(0.0, each.value + STANDARD_ERRORS * each.stderr) for each in found if each), default=math.inf)
     first, second = measured.rows.values()
-    rows = first, second
-    failed = [issue for row in rows for issue in row.issues if issue.status != "skipped"]
-    certified = any(measured.evaluator in row.certificates for row in rows)
-    certified = certified or any(issue.evaluator.startswith("bdmc") for issue in failed)
+    certified = asks_for_certificates(measured.evaluator, (first, second))
     of_log_p = LOG_LIKELIHOOD in contrast.metrics
     return certified_reach(measured.evaluator, first, second) if of_log_p and certified else 0.0
 

@@ -202,11 +202,17 @@ class Table:
     def reach(self, first: MethodRow, second: MethodRow) -> float:
         """What their difference must exceed besides the noise: the larger of the two certified gaps, with its error.
 
-        0 where no row has a certificate for the estimator that is shown; infinite where only one of the two has.
+        0 where nobody asked for a certificate of the estimator that is shown; infinite where one of the two has none.
         """
-        if not any(self.evaluator in row.certificates for row in self.rows):
-            return 0.0
-        return certified_reach(self.evaluator, first, second)
+        return (
+            certified_reach(self.evaluator, first, second) if asks_for_certificates(self.evaluator, self.rows) else 0.0
+        )
+
+
+def asks_for_certificates(evaluator: str, rows: Sequence[MethodRow]) -> bool:
+    """Whether a row has one, or should have one and failed to get it."""
+    failed = [issue.evaluator for row in rows for issue in row.issues if issue.status != "skipped"]
+    return any(evaluator in row.certificates for row in rows) or any(by.startswith("bdmc") for by in failed)
 
 
 def certified_reach(evaluator: str, first: MethodRow, second: MethodRow) -> float:

@@ -14,7 +14,7 @@ from harness.method import Fit, Method
 from harness.problem import Problem, placed
 from harness.testing.laws import check_options, require, require_equal, untouched
 from harness.testing.methods import trial
-from harness.testing.small import SmallPosteriorProblem, SmallProblem, known_fit, problem_for, view_of
+from harness.testing.small import SmallPosteriorProblem, SmallProblem, known_chains, known_fit, problem_for, view_of
 
 
 def check_evaluator(evaluator: Evaluator, method: Method | None = None, problem: Problem | None = None) -> None:
@@ -23,7 +23,7 @@ def check_evaluator(evaluator: Evaluator, method: Method | None = None, problem:
     Args:
         method: Whose fit to measure; unless given, a fit whose posterior has every capability.
         problem: Unless given, `SmallProblem` for a method that is fit for it, else `SmallPosteriorProblem`; and both
-            where no method is given: whatever an evaluator needs, it finds on one of them.
+            where no method is given, the latter with chains too: whatever an evaluator needs, it finds on one of them.
 
     Raises:
         ConformanceError: If a law does not hold.
@@ -33,15 +33,23 @@ def check_evaluator(evaluator: Evaluator, method: Method | None = None, problem:
         problem = problem or problem_for(method)
         _check_on(evaluator, trial(method, problem).fit, problem)
         return
-    for where in [problem] if problem else [SmallProblem(), SmallPosteriorProblem()]:
+    tried = [
         _check_on(evaluator, known_fit(view_of(where)), where)
+        for where in ([problem] if problem else [SmallProblem(), SmallPosteriorProblem()])
+    ]
+    if problem is None:
+        tried.append(_check_on(evaluator, known_chains(view_of(SmallPosteriorProblem())), SmallPosteriorProblem()))
+        require(
+            any(tried), f"{evaluator.name}: undefined on every fit that it was tried on; check it on one of its own"
+        )
 
 
-def _check_on(evaluator: Evaluator, fit: Fit, problem: Problem) -> None:
+def _check_on(evaluator: Evaluator, fit: Fit, problem: Problem) -> bool:
+    """Whether it is defined there."""
     reason = evaluator.undefined(fit, problem)
     require(reason is None or bool(reason.strip()), f"{evaluator.name}: undefined without a reason")
     if reason is not None:
-        return
+        return False
     before = {key: tensor.clone() for key, tensor in fit.model.state_dict().items()}
     first, second = _measure(evaluator, fit, problem), _measure(evaluator, fit, problem)
     for key, tensor in before.items():
@@ -51,6 +59,7 @@ def _check_on(evaluator: Evaluator, fit: Fit, problem: Problem) -> None:
     require(len(set(metrics)) == len(metrics), f"{evaluator.name}: a metric is measured twice: {metrics}")
     for measurement, again in zip(first, second, strict=True):
         _check_measurement(evaluator.name, measurement, again, len(problem.dataset().test))
+    return True
 
 
 def _measure(evaluator: Evaluator, fit: Fit, problem: Problem) -> list[Measurement]:
@@ -63,7 +72,12 @@ def _measure(evaluator: Evaluator, fit: Fit, problem: Problem) -> list[Measureme
 def _check_measurement(name: str, measurement: Measurement, again: Measurement, n_test: int) -> None:
     what = f"{name}: {measurement.metric}"
     values, stderrs, indices = measurement.values, measurement.stderrs, measurement.indices
-    require(np.array_equal(values, again.values), f"{what}: measuring the same fit twice gives different values")
+    for part in ("values", "stderrs", "indices"):
+        same = np.array_equal(getattr(measurement, part), getattr(again, part))
+        require(same, f"{what}: measuring the same fit twice gives different {part}")
+    for part in ("metric", "kind", "split", "settings"):
+        same = getattr(measurement, part) == getattr(again, part)
+        require(same, f"{what}: measuring the same fit twice gives different {part}")
     require(measurement.kind in get_args(Kind), f"{what}: unknown kind {measurement.kind!r}; one of {get_args(Kind)}")
     require(values.dtype == np.float64, f"{what}: values must be float64, got {values.dtype}")
     require(values.ndim == 1 and len(values) > 0, f"{what}: values must have shape (N,), got {values.shape}")

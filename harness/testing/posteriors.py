@@ -85,6 +85,7 @@ def _check_densities(posterior: Posterior, model: LatentModel, x: Tensor) -> Non
         return
     z, log_q = drawn
     require_shape(log_q, (DRAWS, len(x)), "log density of Posterior draws")
+    _check_same_draws(posterior.sample(x, DRAWS, stream(2)), z)
     if isinstance(posterior, HasPointDensity):
         require_close(posterior.log_prob(x, z), log_q, "Posterior.sample_and_log_prob and Posterior.log_prob")
     if model.latent_dim <= SMOOTHED_DIMENSIONS:
@@ -95,6 +96,20 @@ def _check_densities(posterior: Posterior, model: LatentModel, x: Tensor) -> Non
         require_shape(kl, (len(x),), "Posterior.kl_to_prior")
         require(bool((kl >= -1e-9).all()), "Posterior.kl_to_prior: negative")
         require_mean(log_q - model.log_prior(z), kl, "Posterior.kl_to_prior against the mean of log q - log p")
+
+
+def _check_same_draws(sampled: Tensor, z: Tensor) -> None:
+    """Draws with and without their density have the same means and scales, and each is one of its own."""
+    for draws in (sampled, z):
+        again = bool((draws[1:] == draws[:1]).flatten(1).all(1).any())
+        require(not again, "several of the n draws of a posterior with a density are the same for all x")
+    for n, what in ((1, "means"), (2, "second moments")):
+        middle = z.mean(0)
+        require_mean(
+            (sampled - middle) ** n - (z - middle) ** n,
+            0.0,
+            f"Posterior.sample and sample_and_log_prob differ in {what}",
+        )
 
 
 def _draws(posterior: Posterior, x: Tensor) -> tuple[Tensor, Tensor] | None:

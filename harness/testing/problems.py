@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from harness.testing.laws import (
 from harness.testing.posteriors import DRAWS, stream
 
 CPU = torch.device("cpu")
+NEAR = 0.05  # of the way from one draw of z to another: so near that p(x|z') / p(x|z) has no heavy tail
 
 
 def check_dataset(dataset: Dataset) -> None:
@@ -102,7 +104,24 @@ def _check_model(model: LatentModel, x: Tensor) -> None:
         z = model.sample_prior(2, stream(1))
         require_shape(model.mean(z), (2, *x.shape[1:]), "mean")
         require_shape(model.sample_observation(z, stream(2)), (2, *x.shape[1:]), "sample_observation")
+        _check_simulation(model)
     check_exact_answers(model, x)
+
+
+@torch.no_grad()
+def _check_simulation(model: Any) -> None:
+    """E_{p(x|z)}[p(x|z') / p(x|z)] = 1 for z' near z; and x lies around its mean."""
+    z = model.sample_prior(2, stream(3))
+    for latent in z:
+        many = latent.expand(DRAWS, -1)
+        x = model.sample_observation(many, stream(4))
+        average = x.flatten(1).mean(1, keepdim=True)
+        require_mean(average, model.mean(latent[None]).mean(), "sample_observation against mean")
+        near = latent + NEAR * (z[0] - z[1])
+        ratio = model.log_likelihood(x, near.expand(1, DRAWS, -1)) - model.log_likelihood(x, many[None])
+        require_mean(
+            torch.exp(ratio[0])[:, None], 1.0, "p(x|z') / p(x|z) of x that sample_observation draws from p(x|z)"
+        )
 
 
 def _check_prior_normalises(model: LatentModel, prior: Tensor) -> None:

@@ -18,7 +18,7 @@ from torch.distributions import MultivariateNormal
 
 from harness.method import Fit, Method
 from harness.model import LatentModel, StandardNormalPrior, log_normal
-from harness.posterior import LocalFamily, LocalGaussian, Posterior
+from harness.posterior import ChainPosterior, LocalFamily, LocalGaussian, Posterior
 from harness.problem import DatasetSpec, MLPSpec, ModelSpec, Problem, TrainingView, placed
 from harness.seeding import Streams
 from harness.target import PosteriorProblem
@@ -243,6 +243,14 @@ def known_fit(view: TrainingView) -> Fit:
     """The untrained model of a view with `KnownPosterior`."""
     model = view.model.eval().requires_grad_(False)
     return Fit(model, KnownPosterior(view.latent_dim), dict(model.state_dict()))
+
+
+def known_chains(view: TrainingView) -> Fit:
+    """The same, with draws of `KnownPosterior` for the first observation as if chains had made them."""
+    fit = known_fit(view)
+    draws = fit.posterior.sample(view.validation[:1], 400, torch.Generator().manual_seed(0))
+    chains = draws.reshape(4, 100, 1, view.latent_dim)
+    return Fit(fit.model, ChainPosterior(chains, torch.zeros(4, dtype=torch.long)), {})
 
 
 def view_of(problem: Problem) -> TrainingView:

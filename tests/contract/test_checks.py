@@ -253,11 +253,6 @@ class LeavesDouble(SharedScale):
         return SharedScale.fit(self, view, run)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unwritable(SharedScale):
-    widths: tuple[PositiveInt, ...] = (3, 4)
-
-
 class Forgetful(Checkpoint):
     """Does not give back what Adam knew."""
 
@@ -354,7 +349,6 @@ def altered(modules: Modules, **methods: Any) -> Any:
         (GetsNowhere, "stopped at each checkpoint, does not come to an end"),
         (LeavesParameters, "changes Pyro's parameters"),
         (NowhereFit, "nowhere-fit is unfit for small-posterior \\(never fits\\): check it on another problem"),
-        (Unwritable, "widths: only texts, numbers and truth values can be options"),
         (Thawed, "Thawed must be a frozen dataclass"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
@@ -378,6 +372,18 @@ class WidePrior(DecoderModel):
         return super().log_prior(z) - math.log(2)
 
 
+class ShiftedSimulator(DecoderModel):
+    def sample_observation(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        return super().sample_observation(z, generator) * 0
+
+
+class CorrelatedSimulator(DecoderModel):
+    """Of the right mean over all elements, which are mixed up."""
+
+    def sample_observation(self, z: Tensor, generator: torch.Generator) -> Tensor:
+        return super().sample_observation(z, generator).flatten(-2).flip(-1).unflatten(-1, self.event_shape)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FaultyProblem(SmallProblem):
     """One fault at a time."""
@@ -397,7 +403,12 @@ class FaultyProblem(SmallProblem):
         return replace(spec, test=spec.test[:, :1]) if self.fault == "shape" else spec
 
     def model_spec(self) -> ModelSpec:
-        faulty: dict[str, type[DecoderModel]] = {"joint": LooseLikelihood, "prior": WidePrior}
+        faulty: dict[str, type[DecoderModel]] = {
+            "joint": LooseLikelihood,
+            "prior": WidePrior,
+            "simulated mean": ShiftedSimulator,
+            "simulated noise": CorrelatedSimulator,
+        }
         spec = super().model_spec()
         if self.fault in faulty:
             object.__setattr__(spec, "new_model", lambda shape: recast(spec, shape, faulty[self.fault]))
@@ -419,6 +430,8 @@ def recast(spec: ModelSpec, event_shape: tuple[int, ...], cls: type[DecoderModel
         ("shape", r"test: shape \(1, 3\), train has \(2, 3\)"),
         ("joint", "log_joint and log_likelihood \\+ log_prior: differ by up to 1"),
         ("prior", "log_prior does not integrate to 1"),
+        ("simulated mean", "sample_observation against mean: off by"),
+        ("simulated noise", r"of x that sample_observation draws from p\(x\|z\): off by"),
     ],
 )
 def test_a_faulty_problem_is_found(fault: str, law: str) -> None:
@@ -435,6 +448,8 @@ class FaultyEvaluator(Evaluator):
     fault: str = ""
 
     def undefined(self, fit: Fit, problem: Problem) -> str | None:
+        if self.fault == "nowhere" or not isinstance(fit.posterior, KnownPosterior):
+            return "needs what nobody has"
         return " " if self.fault == "silent" else None
 
     def measure(self, fit: Fit, problem: Problem, run: EvaluationRun) -> list[Measurement]:
@@ -457,8 +472,16 @@ class FaultyEvaluator(Evaluator):
         }.get(self.fault, {})
         split = "simulated" if self.fault == "simulated" else ""
         stderrs = torch.ones_like(values) if self.fault == "exact" else torch.zeros_like(values)
+        if self.fault == "random errors":
+            stderrs = stderrs + random.SystemRandom().random()
         warnings = {"long warning": "two\nlines", "random warning": str(random.SystemRandom().random())}
-        extra: dict[str, Any] = {"split": split, "traces": traces, "warning": warnings.get(self.fault, "")}
+        settings = {"noise": random.SystemRandom().random()} if self.fault == "random settings" else {}
+        extra: dict[str, Any] = {
+            "settings": settings,
+            "split": split,
+            "traces": traces,
+            "warning": warnings.get(self.fault, ""),
+        }
         measured = run.measurement("kl_to_prior", values, stderrs, "exact", indices, **extra)
         return [] if self.fault == "nothing" else [measured] * (2 if self.fault == "twice" else 1)
 
@@ -468,6 +491,9 @@ class FaultyEvaluator(Evaluator):
     [
         ("silent", "undefined without a reason"),
         ("random", "measuring the same fit twice gives different values"),
+        ("random errors", "measuring the same fit twice gives different stderrs"),
+        ("random settings", "measuring the same fit twice gives different settings"),
+        ("nowhere", "undefined on every fit that it was tried on"),
         ("trains", "measuring changes the model's"),
         ("indices", "indices must be distinct"),
         ("outside", "indices must lie within the test split"),
@@ -525,6 +551,42 @@ class FaultyFamily(KnownPosterior):
         if self.fault == "global noise":
             torch.rand(1)
         return Local(self._mean(x), torch.full((len(x), 2), math.log(self.SD), dtype=x.dtype), self.fault)
+
+
+class FaultyDraws(KnownPosterior):
+    """Draws without their density that are not those with it, or no draws of their own."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(latent_dim=2)
+        self.fault = fault
+
+    def sample(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        z = KnownPosterior(2).sample(x, n, generator)
+        mean = self._mean(x)
+        if self.fault == "narrow":
+            return mean + 0.25 * (z - mean)
+        if self.fault == "shifted":
+            return z + 0.2
+        return z[:1].expand(n, -1, -1) if self.fault == "one draw" else z
+
+    def sample_and_log_prob(self, x: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        z = KnownPosterior(2).sample(x, n, generator)
+        return z, self.log_prob(x, z)
+
+
+@pytest.mark.parametrize(
+    ("fault", "law"),
+    [
+        ("narrow", "Posterior.sample and sample_and_log_prob differ in second moments"),
+        ("shifted", "Posterior.sample and sample_and_log_prob differ in means"),
+        ("one draw", "several of the n draws of a posterior with a density are the same"),
+    ],
+)
+def test_draws_are_those_of_the_density(fault: str, law: str) -> None:
+    model, x = view_of(SmallProblem()).model, torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(4, 2, 3)
+    check_posterior(FaultyDraws(""), model, x)
+    with pytest.raises(ConformanceError, match=law):
+        check_posterior(FaultyDraws(fault), model, x)
 
 
 class ImplicitLocal(Posterior):

@@ -271,6 +271,20 @@ def test_errors_of_moments_are_shown_with_their_signs_and_floors() -> None:
     ]
 
 
+def test_configurations_of_one_evaluator_are_told_apart() -> None:
+    records = two(1.0, 2.0)
+    for by, error in (("moments", 0.1), ("moments[samples=50]", 0.9)):
+        settings = [{"errors": {"mu": error}, "mcse": {"mu": 0.0}}] * S
+        records.measure("avb", "mean_error", error, evaluator=by, settings=settings)
+    for by, share in (("modes", 0.5), ("modes[samples=50]", 0.9)):
+        settings = [{"shares": {"up": share}, "exact_shares": {"up": 0.5}, "share_stderrs": {"up": 0.0}}] * S
+        records.measure("avb", "mode_error", share, evaluator=by, settings=settings)
+    of_moments = {label: entries[0].number for label, entries in records.panel("Errors of means").lines}
+    assert of_moments == {"avb, mean error, by moments": "+0.100", "avb, mean error, by moments[samples=50]": "+0.900"}
+    of_modes = {label: entries[0].number for label, entries in records.panel("Share of the draws").lines}
+    assert of_modes == {"avb, by modes": "0.500", "avb, by modes[samples=50]": "0.900", "exact posterior": "0.500"}
+
+
 def test_the_floor_of_moments_is_the_largest_too() -> None:
     records = Records()
     for method, floor in (("avb", 0.5), ("iaf", 0.7), ("vae", 0.1)):

@@ -127,3 +127,16 @@ def test_every_parameter_gets_a_gradient(likelihood: type[Likelihood], stream: t
     z = torch.randn(4, 2, generator=stream, dtype=torch.float64)
     model.log_joint(observations(4, stream), z).sum().backward()
     assert all(bool(p.grad is not None and p.grad.abs().sum() > 0) for p in model.parameters())
+
+
+@pytest.mark.parametrize(("middle", "sd"), [(1000.0, 1.0), (1.0, 0.02)])
+@torch.no_grad()
+def test_all_pairs_of_a_gaussian_likelihood_lose_no_digits(middle: float, sd: float, stream: torch.Generator) -> None:
+    """Squares of data far from zero would cancel each other in single precision."""
+    likelihood = GaussianLikelihood()
+    likelihood.log_sd.data.fill_(math.log(sd))
+    x, outputs = (middle + sd * torch.randn(n, 64, generator=stream, dtype=torch.float64) for n in (20, 5))
+    exact = likelihood.double().log_prob(x, outputs[:, None])
+    single = likelihood.float().log_prob(x.float(), outputs[:, None].float())
+    paired = likelihood.log_prob(x.float(), outputs[:, None].float().expand(5, 20, 64))
+    assert float((single - exact).abs().max()) < 2 * float((paired - exact).abs().max()) + 1e-3

@@ -218,6 +218,21 @@ def test_programs_are_not_drawn_together_where_that_would_be_wrong() -> None:
     assert not model_of(program).drawn_together
 
 
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_a_site_may_have_a_batch_of_its_own_of_any_size(size: int) -> None:
+    """Outside of any plate, and as large as what is drawn to find out, too."""
+
+    def program() -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(size), 1.0))
+        y(z.sum())
+
+    model = model_of(program, y=0.3)
+    z = model.sample_prior(5, torch.Generator().manual_seed(0))
+    assert z.shape == (5, size)
+    expected = dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    torch.testing.assert_close(model.log_prior(z), expected.to(z.dtype))
+
+
 def test_a_program_does_not_notice_where_it_is_called_from() -> None:
     """Neither plates nor traces around it: its own plates start from the right, and its sites stay its own."""
     model, x = Repeated().target(), torch.tensor(Y)[None]
@@ -302,6 +317,15 @@ def scaled() -> None:
     y(mu)
 
 
+def masked() -> None:
+    y(pyro.sample("mu", dist.Normal(torch.zeros(2), 1.0).mask(False).to_event(1)).sum())
+
+
+def concentrated() -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    y(pyro.sample("twice", dist.Delta(2 * mu)))
+
+
 def without_bijection() -> None:
     components = dist.Normal(torch.zeros(2), torch.ones(2))
     y(pyro.sample("mu", dist.MixtureSameFamily(torch.distributions.Categorical(torch.ones(2)), components)))
@@ -329,6 +353,8 @@ def longer() -> None:
         (parameter, "it has the parameter 'slope': give it a prior"),
         (subsampled, "plate 'rows' is subsampled"),
         (scaled, "the latent site 'mu' is scaled or masked"),
+        (masked, "the latent site 'mu' has a masked distribution, which is no density"),
+        (concentrated, "the latent site 'twice' has a delta distribution, which is no density"),
         (without_bijection, "the support of the latent site 'mu'"),
         (fixed, "it has no latent site"),
         (misnamed, "there is no site 'y' for what was observed; its sites are mu"),

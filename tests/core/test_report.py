@@ -576,3 +576,18 @@ def test_the_command_that_repeats_asks_for_the_same_jobs(columns: dict[str, Any]
     text = write_report(store, tmp_path).read_text(encoding="utf-8")
     [command] = [line for line in text.splitlines() if line.startswith("    harness compare")]
     assert command.endswith(f" {words}")
+
+
+def test_labels_that_are_cut_to_the_same_text_are_told_apart_in_figures() -> None:
+    long = "avb[" + 70 * "x"
+    names = figures.distinct([long + "1]", "vae", long + "2]", long + "3]", "vae"])
+    assert list(names.values())[1] == "vae"
+    assert len(set(names.values())) == 4
+    assert [name.partition("#")[2] for name in names.values()] == ["", "", "2", "3"]
+
+
+def test_bits_per_dimension_are_of_what_is_discrete() -> None:
+    job = {"event_shape": [8, 8], "binarisation": "dynamic"}
+    measured = {"metric": "log_likelihood", "value": -64 * np.log(2)}
+    assert row(job, measured)["bits_per_dim"] == pytest.approx(1)
+    assert row({**job, "binarisation": "none"}, measured)["bits_per_dim"] is None  # it depends on the data's unit

@@ -227,6 +227,14 @@ def test_reason_of_a_missing_certificate_is_told() -> None:
     assert "vae: ais is not certified, no BDMC gap was measured (skipped: model cannot simulate" in said(store)
 
 
+def test_certificates_that_failed_for_all_leave_nothing_to_rank_by() -> None:
+    store = annealed({"avb": 0.0, "vae": -0.5}, {})
+    assert best_of(store) == ["avb"]  # nobody asked for one
+    for method in ("avb", "vae"):
+        store.add(method, 0, {"evaluator": "bdmc", "status": "failed", "reason": "out of memory"})
+    assert best_of(store) == []
+
+
 @pytest.mark.parametrize("name", sorted(KERNELS))
 def test_other_settings_certify_nothing(name: str) -> None:
     """Neither does a small gap help, nor a large one harm, and it is told which settings differ."""
