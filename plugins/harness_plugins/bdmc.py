@@ -33,6 +33,8 @@ GAP = "stochastic upper bound on log p(x) less the forward estimate, for simulat
 class BDMC(AnnealedEvaluator):
     """`bdmc_gap` on simulated observations, and the two bounds whose distance it is; the truth where it is known.
 
+    Where there is one observation only, from the prior alone: any other start is for that one.
+
     Args:
         threshold: Gap above which estimates with these settings are marked untrusted, nats.
     """
