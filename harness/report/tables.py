@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "reconstruction": ("reconstruction",),
 }
 """Column of the table -> the metrics that can fill it, best first."""
+
+ANNEALS = "temperatures"
+"""The setting that only estimators that anneal have."""
 
 SOURCES = "sources"
 """What is mixed in a row whose seeds were fitted by different versions of the sources; never ranked."""
@@ -210,9 +214,12 @@ class Table:
 
 
 def asks_for_certificates(evaluator: str, rows: Sequence[MethodRow]) -> bool:
-    """Whether a row has one, or should have one and failed to get it."""
+    """Whether a row has one, or should have one and failed to get it; only estimates by annealing can."""
     failed = [issue.evaluator for row in rows for issue in row.issues if issue.status != "skipped"]
-    return any(evaluator in row.certificates for row in rows) or any(by.startswith("bdmc") for by in failed)
+    estimates = [row.evidence[evaluator] for row in rows if evaluator in row.evidence]
+    annealed = any(ANNEALS in json.loads(text or "{}") for each in estimates for text in each.settings)
+    lost = annealed and any(by.startswith("bdmc") for by in failed)
+    return lost or any(evaluator in row.certificates for row in rows)
 
 
 def certified_reach(evaluator: str, first: MethodRow, second: MethodRow) -> float:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from harness import readings, statistics
-from harness.report.tables import SOURCES, Certificate, MethodRow, Table
+from harness.report.tables import ANNEALS, SOURCES, Certificate, MethodRow, Table
 from harness.statistics import (
     DENSITY_RATIO,
     LOWER_BOUNDS,
@@ -38,8 +38,6 @@ KERNELS = (
 """Settings that a certificate must have in common with what it certifies."""
 WARNING = "warning"
 """The setting that holds the warning of a measurement."""
-ANNEALS = "temperatures"
-"""The setting that only estimators that anneal have."""
 
 ValuesOf = Mapping[tuple[str, str, str], Values]
 """Values per observation by job, evaluator and metric."""

@@ -211,7 +211,8 @@ def test_no_difference_below_the_certified_gap_is_called_observed() -> None:
 
 
 def test_certificates_that_failed_for_both_decide_nothing() -> None:
-    made = two_runs(5.0, evaluator="ais", kind="stochastic lower bound")
+    settings = json.dumps({"temperatures": 100})
+    made = two_runs(5.0, evaluator="ais", kind="stochastic lower bound", settings=settings)
     assert verdict(made) == "observed"  # nobody asked for a certificate
     for run in ("avb", "vae"):
         made.add(made.job(run, 0), {"evaluator": "bdmc", "status": "skipped", "reason": "cannot simulate"})
