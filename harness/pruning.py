@@ -36,7 +36,8 @@ def surplus(store: Store, keep: float | None = None) -> list[Surplus]:
     """What can be dropped; no record is, nor what has been written within the last hour and may be in use.
 
     Args:
-        keep: Bytes that trained fits may have together; the oldest beyond that are surplus. Any number unless given.
+        keep: Bytes that trained fits may have together; the oldest beyond that are surplus, young ones too: a disk may
+            be full of them. Any number unless given.
     """
     return [*_unneeded(store), *_left_behind(store), *_beyond(store, keep)]
 
@@ -87,7 +88,7 @@ def _beyond(store: Store, keep: float | None) -> Iterator[Surplus]:
     total = sum(_size(path) for path in fits)
     for path in fits:
         if total > keep:
-            yield from _old(path, f"one of the oldest, begun {begun[path.parent.name]}")
+            yield Surplus(path, _size(path), f"one of the oldest, begun {begun[path.parent.name]}")
             total -= _size(path)
 
 

@@ -41,10 +41,10 @@ def merge(into: str, others: tuple[str, ...]) -> int:
 def gc(folder: str, keep: str | None, yes: bool) -> int:
     """Tell what DIR can do without, and drop it with --yes.
 
-    That is: stored fits without a job that is ok, checkpoints of jobs that are done, files of writes that were killed,
-    damaged files that have been computed anew; with --keep the oldest trained fits, too. No record is dropped, nor
-    what was written within the last hour. `evaluate` leaves out jobs whose fits are gone; `compare` fits them anew when
-    they are to be measured.
+    That is: stored fits without a job that is ok, checkpoints of jobs that are done, files of writes that were
+    killed, damaged files that have been computed anew; none of it if it was written within the last hour. With
+    --keep the oldest trained fits, too, whatever their age. No record is dropped. `evaluate` leaves out jobs whose
+    fits are gone; `compare` fits them anew when they are to be measured.
     """
     from harness.cli.console import print_table
     from harness.options import parse_bytes

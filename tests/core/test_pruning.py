@@ -143,8 +143,6 @@ def test_the_oldest_fits_beyond_a_size_are_dropped_and_no_record(store: Store, r
     size = store.state_path(store.job_ids()[0]).stat().st_size
     newest, middle, oldest = store.job_ids()
     records = store.records()
-    assert found(store, 0) == {}  # young, and may be about to be measured
-    aged(store.path)
     assert found(store, 3 * size) == {}
     assert list(found(store, 3 * size - 1)) == [f"fits/{oldest}/state.safetensors"]
     assert list(found(store, size)) == [f"fits/{name}/state.safetensors" for name in (oldest, middle)]
@@ -179,7 +177,6 @@ def test_jobs_whose_fits_were_dropped_are_left_out_and_compare_fits_them_anew(st
 
 
 def test_where_no_fit_is_left_evaluate_says_so(store: Store, run: Run) -> None:
-    aged(store.path)
     run("gc", "store", "--keep", "1", "--yes")
     code, out, err = run("evaluate", "store", "--evaluators", "elbo")
     assert (code, out) == (2, "")
