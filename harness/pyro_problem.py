@@ -376,12 +376,10 @@ def _observed_faults(name: str, shape: tuple[int, ...], sites: Mapping[str, Site
 
 def _without_density(distribution: Any) -> str:
     """What is masked or concentrated on a point in a distribution, whatever is wrapped around it; empty if nothing."""
-    while distribution is not None:
-        kind = type(distribution).__name__.removesuffix("Distribution")
-        if kind in ("Masked", "Delta"):
-            return kind.lower()
-        distribution = getattr(distribution, "base_dist", None)
-    return ""
+    kind, base = type(distribution).__name__.removesuffix("Distribution"), getattr(distribution, "base_dist", None)
+    if kind in ("Masked", "Delta"):
+        return kind.lower()
+    return "" if base is None else _without_density(base)
 
 
 def _latent_faults(site: Site) -> Iterator[str]:
