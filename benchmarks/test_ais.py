@@ -56,9 +56,15 @@ NAIVE_STEPS = [0.01, 0.1]  # what public code sets out from, and what a patient 
 
 @pytest.mark.parametrize("forces", ["auto", "full"])
 def test_seconds_per_transition(benchmark: BenchmarkFixture, forces: Forces) -> None:
-    """By default, and with nothing in lower precision; the naive one with our likelihood and with that of others."""
-    transitions = 4
+    """By default, and with nothing in lower precision; the naive one with our likelihood and with that of others.
+
+    Ours works the density of the first states out once for a run: for so many transitions that it hardly counts, as in
+    runs of hundreds of temperatures.
+    """
+    transitions = 20
     path, model, x = annealing_path(100, forces=forces, device=DEVICE)
+    if forces == "auto" and path.forces == "float32":
+        pytest.skip("nothing is in lower precision by default on this machine")
 
     def naive(likelihood: LogLikelihood) -> Callable[[], torch.Tensor]:
         written = NaiveAIS(temperatures=transitions, chains=CHAINS, leapfrog=LEAPFROG, likelihood=likelihood)
@@ -69,7 +75,7 @@ def test_seconds_per_transition(benchmark: BenchmarkFixture, forces: Forces) -> 
         "naive": naive(own),
         "naive, likelihood as in public code": naive(elementary),
     }
-    times = take_turns(benchmark, ways, rounds=21)
+    times = take_turns(benchmark, ways, rounds=7)
     tell(
         benchmark,
         f"annealing, 100 images of 784 pixels, 16 chains, 10 leapfrog steps, forces={forces}, in {path.forces}",

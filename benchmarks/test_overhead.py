@@ -56,7 +56,7 @@ def test_loop(benchmark: BenchmarkFixture, name: str, batch_size: int) -> None:
     theirs = Loop(networks_by_hand(method), Images(placed(PROBLEM, CPU, torch.float32).train.values, batch_size))
     steps = {128: 20, 512: 10}[batch_size]
     ways = {**{name: partial(loop, steps) for name, loop in loops.items()}, "by hand": lambda: theirs.take(steps)}
-    times = take_turns(benchmark, ways, rounds=100, warm_up=3)
+    times = take_turns(benchmark, ways, rounds=60, warm_up=3)
     tell(
         benchmark,
         f"training loop, {name}, batch {batch_size}",

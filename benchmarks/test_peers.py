@@ -82,7 +82,7 @@ def test_loop(benchmark: BenchmarkFixture, tmp_path: Path, method: GradientMetho
     assert count_parameters(networks) + without_context(method, peer) == parameters
     loops = {name: Looped(method, PROBLEM, step=step) for name, step in LOOPS.items()}
     ours = {name: partial(loop, steps) for name, loop in loops.items()}
-    times = take_turns(benchmark, {**ours, peer: theirs}, rounds=40, warm_up=2)
+    times = take_turns(benchmark, {**ours, peer: theirs}, rounds=30, warm_up=2)
     tell(
         benchmark,
         f"training loop, {method.name}, batch {method.batch_size}",

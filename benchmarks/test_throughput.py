@@ -21,7 +21,7 @@ HARNESS = [sys.executable, "-c", "import sys; from harness.cli import main; sys.
 CORES = psutil.cpu_count() or 1
 
 
-@pytest.mark.parametrize(("method", "steps"), [("vae", 6000), ("avb", 3000)])
+@pytest.mark.parametrize(("method", "steps"), [("vae", 3000), ("avb", 1500)])
 def test_jobs_at_once(benchmark: BenchmarkFixture, tmp_path: Path, method: str, steps: int) -> None:
     """Two fits for each core, with an evaluation each."""
     numbers = itertools.count()

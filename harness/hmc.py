@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.model import DecoderModel, LatentModel, has_standard_normal_prior, log_normal
+from harness.nn import MLP, PullBack
 
 JITTER = 0.2  # relative; trajectories of one fixed length may return to where they began
 
@@ -76,8 +77,9 @@ class GaussianDensity(Density):
 class DecoderDensity(Density):
     """log p(x, z) of a decoder with a standard normal prior.
 
-    The likelihood is differentiated by hand, so that a gradient without a value costs no log-likelihood; its weights
-    are constants, so that only the part of the graph that leads to z is made.
+    The likelihood is differentiated by hand, so that a gradient without a value costs no log-likelihood, and so is a
+    fully connected decoder. The weights of others are constants, so that only the part of the graph that leads to z is
+    made.
 
     Args:
         force_decoder, force_x: Gradients without a value are of these copies, which may be of lower precision.
@@ -88,27 +90,27 @@ class DecoderDensity(Density):
     force_decoder: nn.Module
     force_x: Tensor
 
+    @torch.no_grad()
     def value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        z, outputs = _decode(self.model.decoder, z)
-        decoded = outputs.detach()
-        value = self.model.likelihood.log_prob(self.x, decoded) + self.model.log_prior(z.detach())
-        return value, self._pull_back(self.x, z, outputs) - z.detach()
+        outputs, pull_back = _decoded(self.model.decoder, z)
+        value = self.model.likelihood.log_prob(self.x, outputs) + self.model.log_prior(z)
+        return value, pull_back(self.model.likelihood.score(self.x, outputs)).sub(z)
 
+    @torch.no_grad()
     def gradient(self, z: Tensor) -> Tensor:
-        force = self._pull_back(self.force_x, *_decode(self.force_decoder, z.to(self.force_x.dtype)))
-        return force.to(z.dtype).sub(z)
-
-    def _pull_back(self, x: Tensor, z: Tensor, outputs: Tensor) -> Tensor:
-        score = self.model.likelihood.score(x, outputs.detach())
-        (gradient,) = torch.autograd.grad(outputs, z, score.to(outputs.dtype))
-        return gradient
+        outputs, pull_back = _decoded(self.force_decoder, z.to(self.force_x.dtype))
+        score = self.model.likelihood.score(self.force_x, outputs)
+        return pull_back(score.to(outputs.dtype)).to(z.dtype).sub(z)
 
 
-def _decode(decoder: nn.Module, z: Tensor) -> tuple[Tensor, Tensor]:
-    """z as a leaf, and the outputs, which know how they follow from it."""
+def _decoded(decoder: nn.Module, z: Tensor) -> tuple[Tensor, PullBack]:
+    """The outputs, and how a gradient in them leads to one in z: once."""
+    if type(decoder) is MLP:
+        return decoder.forward_with_pull_back(z)
     with torch.enable_grad():
         z = z.detach().requires_grad_()
-        return z, decoder(z)
+        outputs = decoder(z)
+    return outputs.detach(), lambda score: torch.autograd.grad(outputs, z, score)[0]
 
 
 def joint_density(model: LatentModel, x: Tensor, forces: torch.dtype | None = None) -> Density:

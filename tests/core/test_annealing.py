@@ -165,7 +165,7 @@ MUTANTS = {
     "accept always": (hmc, "draws.acceptance < probability, end", "draws.acceptance < 2, end"),
     "last kick the wrong way": (hmc, "end.gradient(beta), value=0.5)", "end.gradient(beta), value=-0.5)"),
     "no last half-step": (hmc, "momentum.addcmul_(step, end.gradient(beta), value=0.5)", "momentum"),
-    "prior dropped": (hmc, " + self.model.log_prior(z.detach())", ""),
+    "prior dropped": (hmc, " + self.model.log_prior(z)", ""),
     "kinetic energy the wrong way": (hmc, "state.log_density(beta) + kinetic", "state.log_density(beta) - kinetic"),
     "weighed after the move": (annealing, WEIGH + MOVE, MOVE + WEIGH),
     "adapted while weighing": (annealing, MOVE, ADAPTED_MOVE),

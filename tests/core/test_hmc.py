@@ -314,7 +314,7 @@ MUTANTS = {
     "last kick the wrong way": ("end.gradient(beta), value=0.5)", "end.gradient(beta), value=-0.5)"),
     "no last half-step": ("momentum.addcmul_(step, end.gradient(beta), value=0.5)", "momentum"),
     "no first half-step": ("torch.addcmul(momentum, step, state.gradient(beta), value=0.5)", "momentum.clone()"),
-    "prior dropped": (" + self.model.log_prior(z.detach())", ""),
+    "prior dropped": (" + self.model.log_prior(z)", ""),
     "kinetic energy the wrong way": ("- state.log_density(beta) + kinetic", "- state.log_density(beta) - kinetic"),
     "no kinetic energy": ("- state.log_density(beta) + kinetic", "- state.log_density(beta)"),
 }
