@@ -28,7 +28,8 @@ from harness.adversarial import LogRatio, NoiseInjectedEncoder
 from harness.model import LatentModel, has_standard_normal_prior, log_normal
 from harness.posterior import Posterior
 from harness.problem import TrainingView
-from harness.training import GradientMethod, Modules, Noise, Player
+from harness.training import Modules, Noise, Player
+from harness.warm_up import WarmUpMethod
 
 
 def to_prior(t: Tensor, z: Tensor, model: LatentModel) -> Tensor:
@@ -54,7 +55,7 @@ class AdversarialPosterior(Posterior):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AVB(GradientMethod):
+class AVB(WarmUpMethod):
     """Adversarial variational Bayes: primal and adversary updated simultaneously from one shared forward pass.
 
     Args:
@@ -82,13 +83,14 @@ class AVB(GradientMethod):
                 "model": view.model,
                 "encoder": NoiseInjectedEncoder(view.encoder_trunk(self.noise_dim), self.noise_dim, view.latent_dim),
                 "adversary": LogRatio(view.pair_trunk()),
+                "kl_weight": self.kl_weight(),
             }
         )
 
     def players(self) -> list[Player]:
         betas = (self.beta1, 0.999)
         return [
-            Player("negative_elbo", on=("model", "encoder"), lr=self.lr, betas=betas),
+            Player("negative_elbo", on=("model", "encoder", "kl_weight"), lr=self.lr, betas=betas),
             Player("adversary", on=("adversary",), lr=self.adversary_lr, betas=betas, steps=self.adversary_steps),
         ]
 
@@ -98,8 +100,9 @@ class AVB(GradientMethod):
     def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
         model, z = modules["model"], modules["encoder"](x, noise["eps"])
         t_posterior, t_prior = modules["adversary"](x, torch.stack([z, noise["prior_z"]]))
+        kl = modules["kl_weight"](to_prior(t_posterior, z, model))
         return {
-            "negative_elbo": (to_prior(t_posterior, z, model) - model.log_likelihood(x, z)).mean(),
+            "negative_elbo": (kl - model.log_likelihood(x, z)).mean(),
             "adversary": softplus(-t_posterior).mean() + softplus(t_prior).mean(),
         }
 

@@ -29,20 +29,8 @@ from harness.model import LatentModel
 from harness.options import UserError
 from harness.posterior import Posterior
 from harness.problem import TrainingView
-from harness.training import GradientMethod, Modules, Noise, Player
-
-
-class KLWeight(nn.Module):
-    """The weight of the KL term in training; it is 1 in evaluation."""
-
-    value: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("value", torch.ones(()), persistent=False)
-
-    def forward(self, kl: Tensor) -> Tensor:
-        return self.value * kl if self.training else kl
+from harness.training import Modules, Noise, Player
+from harness.warm_up import WarmUpMethod
 
 
 class AdaptiveContrastPosterior(Posterior):
@@ -62,7 +50,7 @@ class AdaptiveContrastPosterior(Posterior):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AVBAC(GradientMethod):
+class AVBAC(WarmUpMethod):
     """AVB with adaptive contrast, both players updated simultaneously from one shared forward pass.
 
     In training r(z|x) is estimated from the step's own noise, as in the released code; in validation and by evaluators
@@ -91,8 +79,6 @@ class AVBAC(GradientMethod):
         lr, adversary_lr: Learning rates of Adam for encoder with decoder, and for the adversary.
         adversary_steps: Adversary updates per primal update; those after the first see fresh batches.
         beta1: Adam's decay rate of the first moment, of both players.
-        kl_warmup: The KL term's weight grows from 0 to 1 over this part of the budget, and the training curve's
-            objective with it; validation has the whole term. Without effect where convergence decides.
     """
 
     modules: ClassVar[tuple[ModuleType, ...]] = (adversarial, adaptive_contrast)
@@ -116,7 +102,6 @@ class AVBAC(GradientMethod):
     adversary_lr: PositiveFloat = 4e-3
     adversary_steps: PositiveInt = 1
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    kl_warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -136,7 +121,7 @@ class AVBAC(GradientMethod):
                 "model": view.model,
                 "encoder": self._encoder(view),
                 "adversary": LogRatio(view.pair_trunk(), quadratic=self.quadratic),
-                "kl_weight": KLWeight(),
+                "kl_weight": self.kl_weight(),
             }
         )
 
@@ -162,10 +147,6 @@ class AVBAC(GradientMethod):
         if self.encoder == "injected":
             return {"eps": (self.noise_dim,), "moment_eps": (self.moment_draws, self.noise_dim), **draws}
         return {"eps": (self.nbasis * self.noise_dim + (view.latent_dim if self.gaussian_part else 0),), **draws}
-
-    def schedule(self, modules: Modules, fraction: float) -> None:
-        if self.kl_warmup:
-            modules["kl_weight"].value.fill_(min(1.0, fraction / self.kl_warmup))
 
     def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
         model, encoder = modules["model"], modules["encoder"]

@@ -28,7 +28,8 @@ from harness.model import log_normal
 from harness.nn import Trunk, linear
 from harness.posterior import Posterior
 from harness.problem import TrainingView
-from harness.training import GradientMethod, Modules, Noise, Player
+from harness.training import Modules, Noise, Player
+from harness.warm_up import WarmUpMethod
 
 
 class FlowEncoder(nn.Module):
@@ -122,7 +123,7 @@ class FlowPosterior(Posterior):
 
 
 @dataclass(frozen=True, kw_only=True)
-class IAF(GradientMethod):
+class IAF(WarmUpMethod):
     """VAE with an inverse autoregressive flow, trained on the ELBO of one reparametrised sample.
 
     Args:
@@ -149,17 +150,20 @@ class IAF(GradientMethod):
     def build(self, view: TrainingView) -> Modules:
         layers = autoregressive_layers(self.flows, view.latent_dim, self.context_dim, self.hidden)
         encoder = FlowEncoder(view.encoder_trunk(), layers, view.latent_dim, self.context_dim)
-        return Modules({"model": view.model, "encoder": encoder})
+        return Modules({"model": view.model, "encoder": encoder, "kl_weight": self.kl_weight()})
 
     def players(self) -> list[Player]:
-        return [Player("negative_elbo", on=("model", "encoder"), lr=self.lr)]
+        return [Player("negative_elbo", on=("model", "encoder", "kl_weight"), lr=self.lr)]
 
     def noise(self, view: TrainingView) -> dict[str, tuple[int, ...]]:
         return {"eps": (view.latent_dim,)}
 
     def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
-        z, log_q = modules["encoder"](x, noise["eps"])
-        return {"negative_elbo": (log_q - modules["model"].log_joint(x, z)).mean()}
+        model, (z, log_q) = modules["model"], modules["encoder"](x, noise["eps"])
+        if not self.kl_warmup:  # one run of a model that is a program, not two
+            return {"negative_elbo": (log_q - model.log_joint(x, z)).mean()}
+        kl = modules["kl_weight"](log_q - model.log_prior(z))
+        return {"negative_elbo": (kl - model.log_likelihood(x, z)).mean()}
 
     def posterior(self, modules: Modules) -> Posterior:
         return FlowPosterior(modules["encoder"], modules["model"].latent_dim)

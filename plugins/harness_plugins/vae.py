@@ -20,7 +20,8 @@ from harness.model import has_standard_normal_prior, log_normal
 from harness.nn import Trunk, linear
 from harness.posterior import LocalFamily, LocalGaussian, Posterior
 from harness.problem import TrainingView
-from harness.training import GradientMethod, Modules, Noise, Player
+from harness.training import Modules, Noise, Player
+from harness.warm_up import WarmUpMethod
 
 
 class GaussianEncoder(nn.Module):
@@ -72,7 +73,7 @@ class AnalyticGaussianPosterior(GaussianPosterior):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VAE(GradientMethod):
+class VAE(WarmUpMethod):
     """Gaussian VAE with one reparametrised sample, and the analytic KL where the prior is a standard normal.
 
     Args:
@@ -85,10 +86,11 @@ class VAE(GradientMethod):
     lr: PositiveFloat = 3e-3
 
     def build(self, view: TrainingView) -> Modules:
-        return Modules({"model": view.model, "encoder": GaussianEncoder(view.encoder_trunk(), view.latent_dim)})
+        encoder = GaussianEncoder(view.encoder_trunk(), view.latent_dim)
+        return Modules({"model": view.model, "encoder": encoder, "kl_weight": self.kl_weight()})
 
     def players(self) -> list[Player]:
-        return [Player("negative_elbo", on=("model", "encoder"), lr=self.lr)]
+        return [Player("negative_elbo", on=("model", "encoder", "kl_weight"), lr=self.lr)]
 
     def noise(self, view: TrainingView) -> dict[str, tuple[int, ...]]:
         return {"eps": (view.latent_dim,)}
@@ -100,7 +102,7 @@ class VAE(GradientMethod):
             kl = kl_to_standard_normal(mean, log_sd)
         else:
             kl = log_normal(noise["eps"]) - log_sd.sum(-1) - model.log_prior(z)
-        return {"negative_elbo": -(model.log_likelihood(x, z) - kl).mean()}
+        return {"negative_elbo": (modules["kl_weight"](kl) - model.log_likelihood(x, z)).mean()}
 
     def posterior(self, modules: Modules) -> Posterior:
         analytic = has_standard_normal_prior(modules["model"])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import harness
-from harness import adaptive_contrast, loop
+from harness import adaptive_contrast
 from harness.adaptive_contrast import (
     Auxiliary,
     BasisEncoder,
@@ -61,7 +61,7 @@ def noise_of(method: AVBAC, n: int, generator: torch.Generator) -> Noise:
     [
         {"encoder": "injected", "moment_draws": 4},
         {"encoder": "injected", "moment_draws": 12, "covariance": "full"},
-        {**SMALL, "kl_warmup": 0.5, "gaussian_part": True},
+        {**SMALL, "gaussian_part": True},
         {**SMALL, "gaussian_part": True, "covariance": "full"},
     ],
 )
@@ -398,43 +398,6 @@ def test_moments_of_an_injected_encoder_are_the_same_in_blocks(monkeypatch: pyte
     torch.testing.assert_close(parts.log_sd, whole.log_sd, rtol=0, atol=1e-12)
 
 
-def test_the_weight_of_the_kl_term_grows_in_training_only(generator: torch.Generator) -> None:
-    method = AVBAC(**SMALL, kl_warmup=0.4)
-    modules, x = built(method)
-    noise = noise_of(method, len(x), generator)
-
-    def objective() -> float:
-        return float(method.losses(modules, x, noise)["negative_elbo"])
-
-    full = objective()
-    method.schedule(modules, 0.0)
-    reconstruction = -float(modules["model"].log_likelihood(x, modules["encoder"](x, noise["eps"])).mean())
-    assert objective() == pytest.approx(reconstruction, abs=1e-12)
-    for fraction, weight in ((0.1, 0.25), (0.4, 1.0), (0.9, 1.0)):
-        method.schedule(modules, fraction)
-        assert objective() == pytest.approx(reconstruction + weight * (full - reconstruction), abs=1e-6)
-    modules.eval()
-    whole = objective()
-    method.schedule(modules, 0.0)
-    assert objective() == whole
-    assert not any("kl_weight" in name for name in modules.state_dict())
-
-
-def test_a_warm_up_is_part_of_the_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = SmallProblem()
-    monkeypatch.setattr(loop, "CONVERGENCE_CHECK_STEPS", 2)
-
-    def state(method: AVBAC, budget: str) -> dict[str, Tensor]:
-        return dict(harness.fit(method, problem, budget=budget, device="cpu").state)
-
-    def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-        return all(torch.equal(a[name], b[name]) for name in a)
-
-    plain, warm = AVBAC(**SMALL), AVBAC(**SMALL, kl_warmup=1.0)
-    assert not same(state(plain, "steps=4"), state(warm, "steps=4"))
-    assert same(state(plain, "converged=1"), state(warm, "converged=1"))  # what part is spent is not known there
-
-
 @pytest.mark.parametrize("options", [{}, {"gaussian_part": True, "covariance": "full"}])
 def test_a_restored_fit_estimates_the_same_ratio(options: dict[str, Any], generator: torch.Generator) -> None:
     problem, method = SmallProblem(), AVBAC(**SMALL, **options)
@@ -456,7 +419,6 @@ def test_a_restored_fit_estimates_the_same_ratio(options: dict[str, Any], genera
         ({"covariance": "banded"}, "option covariance='banded'"),
         ({"encoder": "sum"}, "option encoder='sum': input should be 'basis' or 'injected'"),
         ({"scale_floor": 0.0}, "option scale_floor=0.0: input should be greater than 0"),
-        ({"kl_warmup": 1.5}, "option kl_warmup=1.5"),
         ({"encoder": "injected", "gaussian_part": True}, "option gaussian_part belongs to encoder=basis"),
     ],
 )
