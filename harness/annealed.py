@@ -10,7 +10,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from harness import annealing, hmc, starts
+from harness import annealing, hmc, pull_back, starts
 from harness.annealing import Annealing, Forces, Kernels, OnMove, Schedule, Weights, force_precision
 from harness.estimators import observation_blocks, posterior_moments
 from harness.evaluator import EvaluationRun, Evaluator
@@ -47,7 +47,7 @@ class AnnealedEvaluator(Evaluator):
     """
 
     by_default: ClassVar[bool] = False
-    modules: ClassVar[tuple[ModuleType, ...]] = (annealing, hmc, starts)
+    modules: ClassVar[tuple[ModuleType, ...]] = (annealing, hmc, pull_back, starts)
 
     observations: PositiveInt = 100
     chains: Annotated[int, Field(ge=2)] = 16

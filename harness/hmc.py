@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.model import DecoderModel, LatentModel, has_standard_normal_prior, log_normal
-from harness.nn import MLP, PullBack
+from harness.nn import MLP
+from harness.pull_back import PullBack, forward_with_pull_back
 
 JITTER = 0.2  # relative; trajectories of one fixed length may return to where they began
 
@@ -94,7 +95,7 @@ class DecoderDensity(Density):
     def value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
         outputs, pull_back = _decoded(self.model.decoder, z)
         value = self.model.likelihood.log_prob(self.x, outputs) + self.model.log_prior(z)
-        return value, pull_back(self.model.likelihood.score(self.x, outputs)).sub(z)
+        return value, pull_back(self.model.likelihood.score(self.x, outputs).to(outputs.dtype)).sub(z)
 
     @torch.no_grad()
     def gradient(self, z: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class DecoderDensity(Density):
 def _decoded(decoder: nn.Module, z: Tensor) -> tuple[Tensor, PullBack]:
     """The outputs, and how a gradient in them leads to one in z: once."""
     if type(decoder) is MLP:
-        return decoder.forward_with_pull_back(z)
+        return forward_with_pull_back(decoder, z)
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         outputs = decoder(z)

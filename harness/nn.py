@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,46 +22,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "leaky-relu": lambda h: F.leaky_relu(h, 0.2),
     "tanh": torch.tanh,
-}
-
-PullBack = Callable[[Tensor], Tensor]
-"""The gradient in what a function makes -> that in what it is given. It may be worked on in place."""
-
-
-def _softplus(h: Tensor) -> tuple[Tensor, PullBack]:
-    """From off = sigmoid(-h): softplus(h) = -log off, its derivative 1 - off. Where off is rounded to 0 it is h."""
-    if h.dtype in (torch.bfloat16, torch.float16):  # too few digits for off close to 1
-        return F.softplus(h), lambda gradient: gradient.mul_(h.sigmoid())
-    off = h.neg().sigmoid_()
-    activated = off.clamp(min=torch.finfo(h.dtype).tiny).log_().neg_()
-    return torch.maximum(activated, h, out=activated), lambda gradient: gradient.addcmul_(gradient, off, value=-1)
-
-
-def _elu(h: Tensor) -> tuple[Tensor, PullBack]:
-    activated = F.elu(h)
-    return activated, lambda gradient: gradient.mul_(activated.clamp(max=0).add_(1))
-
-
-def _relu(h: Tensor) -> tuple[Tensor, PullBack]:
-    activated = F.relu(h)
-    return activated, lambda gradient: gradient.mul_(activated > 0)
-
-
-def _leaky_relu(h: Tensor) -> tuple[Tensor, PullBack]:
-    return F.leaky_relu(h, 0.2), lambda gradient: torch.where(h > 0, gradient, 0.2 * gradient)
-
-
-def _tanh(h: Tensor) -> tuple[Tensor, PullBack]:
-    activated = torch.tanh(h)
-    return activated, lambda gradient: gradient.mul_(1 - activated.square())
-
-
-WITH_PULL_BACKS: dict[str, Callable[[Tensor], tuple[Tensor, PullBack]]] = {
-    "softplus": _softplus,
-    "elu": _elu,
-    "relu": _relu,
-    "leaky-relu": _leaky_relu,
-    "tanh": _tanh,
 }
 
 
@@ -87,31 +47,11 @@ class MLP(nn.Module):
         sizes = [inputs, *[width] * depth, outputs]
         self.layers = nn.ModuleList(linear(a, b) for a, b in pairwise(sizes))
         self.activation = ACTIVATIONS[activation]
-        self.with_pull_back = WITH_PULL_BACKS[activation]
 
     def forward(self, h: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
             h = self.activation(layer(h))
         return self.layers[-1](h)
-
-    def forward_with_pull_back(self, h: Tensor) -> tuple[Tensor, PullBack]:
-        """As `forward`, and the product of a gradient in the outputs with the Jacobian, written by hand.
-
-        It works in place and saves passes over activations: not for where autograd records.
-        """
-        *hidden, last = (cast(nn.Linear, layer) for layer in self.layers)
-        passed: list[tuple[nn.Linear, PullBack]] = []
-        for layer in hidden:
-            h, pull_back = self.with_pull_back(layer(h))
-            passed.append((layer, pull_back))
-
-        def pulled_back(gradient: Tensor) -> Tensor:
-            gradient = gradient @ last.weight
-            for layer, pull_back in reversed(passed):
-                gradient = pull_back(gradient) @ layer.weight
-            return gradient
-
-        return last(h), pulled_back
 
 
 class Trunk(nn.Module):

@@ -14,6 +14,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from harness.players import Modules
+from harness.problem import TrainingView
+from harness.target import LogDensityModel
 from harness.training import GradientMethod
 
 
@@ -39,12 +41,22 @@ class KLWeight(nn.Module):
 class WarmUpMethod(GradientMethod):
     """A method whose `build` has `kl_weight()` under ``kl_weight``, which its `losses` put on the KL term.
 
+    Not for densities of z without a likelihood: less of the KL to an N(0, I) that is not theirs is more of a density
+    that is nowhere bounded.
+
     Args:
         kl_warmup: The KL term's weight grows from 0 to 1 over this part of the budget, and the training curve's
             objective with it; validation has the whole term. Without effect where convergence decides.
     """
 
     kl_warmup: Annotated[float, Field(ge=0, le=1)] = 0.0
+
+    def unfit(self, view: TrainingView) -> str | None:
+        if self.kl_warmup and isinstance(view.model, LogDensityModel):
+            return (
+                "kl_warmup is for models with a likelihood; what is given here as log p(x, z) has no KL term of its own"
+            )
+        return super().unfit(view)
 
     def kl_weight(self) -> KLWeight:
         return KLWeight(used=self.kl_warmup > 0)

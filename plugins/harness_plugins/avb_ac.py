@@ -113,7 +113,7 @@ class AVBAC(WarmUpMethod):
         if self.covariance == "full" and draws < needed:
             option = "moment_draws" if self.encoder == "injected" else "batch_size"
             return f"covariance=full needs {option} of at least 4 x {view.latent_dim} dimensions, got {draws}"
-        return None
+        return super().unfit(view)
 
     def build(self, view: TrainingView) -> Modules:
         return Modules(

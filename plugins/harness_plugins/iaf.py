@@ -145,7 +145,7 @@ class IAF(WarmUpMethod):
         _pyro_classes()  # before the fit's clock starts
         if self.hidden < view.latent_dim:
             return f"hidden={self.hidden}: every latent dimension needs a hidden unit, and there are {view.latent_dim}"
-        return None
+        return super().unfit(view)
 
     def build(self, view: TrainingView) -> Modules:
         layers = autoregressive_layers(self.flows, view.latent_dim, self.context_dim, self.hidden)

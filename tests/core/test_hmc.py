@@ -30,7 +30,7 @@ from harness.hmc import (
     transition,
 )
 from harness.model import BernoulliLikelihood, DecoderModel, GaussianLikelihood, Likelihood, log_normal
-from harness.nn import MLP
+from harness.nn import MLP, Activation
 from harness_plugins.linear_gaussian import LinearGaussianModel, true_parameters
 
 DOUBLE = torch.float64
@@ -69,6 +69,23 @@ def test_gradients_of_decoders_are_those_of_autograd(likelihood: type[Likelihood
     density = joint_density(model, x)
     assert isinstance(density, DecoderDensity)
     assert_differentiates(density, lambda z: model.log_joint(x, z), observations)
+
+
+class Doubled(MLP):
+    """With a forward pass of its own, so that what is known by hand of an MLP does not hold."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return 2 * super().forward(h)
+
+
+@pytest.mark.parametrize("kind", [MLP, Doubled])
+@pytest.mark.parametrize("activation", ["elu", "tanh", "leaky-relu"])
+def test_gradients_of_other_decoders_are_those_of_autograd(kind: type[MLP], activation: Activation) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        model = DecoderModel(2, (2, 3), kind(2, 6, 8, 2, activation), BernoulliLikelihood()).double()
+    x = (torch.rand(3, 2, 3, generator=stream(1), dtype=DOUBLE) < 0.5).double()
+    assert_differentiates(joint_density(model, x), lambda z: model.log_joint(x, z), 3)
 
 
 class Shifted(DecoderModel):

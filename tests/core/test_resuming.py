@@ -111,8 +111,8 @@ METHODS = [
 ]
 FAMILIES = [
     VAE(batch_size=8),
-    AVB(batch_size=8, noise_dim=3),
-    IAF(batch_size=8, hidden=8, context_dim=3),
+    AVB(batch_size=8, noise_dim=3, kl_warmup=0.5),
+    IAF(batch_size=8, hidden=8, context_dim=3, kl_warmup=0.5),
     AVBAC(batch_size=8, noise_dim=3, kl_warmup=0.5),
 ]
 

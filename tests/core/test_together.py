@@ -35,8 +35,9 @@ PROBLEM = SmallProblem()
 AMORTISED = [
     VAE(batch_size=16),
     IAF(batch_size=16, hidden=8, context_dim=3),
+    IAF(batch_size=16, hidden=8, context_dim=3, kl_warmup=0.5),
     AVB(batch_size=16, noise_dim=3),
-    AVB(batch_size=16, noise_dim=3, adversary_steps=3, clip_norm=0.3, lr_decay=0.01),
+    AVB(batch_size=16, noise_dim=3, adversary_steps=3, clip_norm=0.3, lr_decay=0.01, kl_warmup=0.5),
     AVBAC(batch_size=16, noise_dim=3, kl_warmup=0.5),
     AVBAC(batch_size=16, noise_dim=3, covariance="full", gaussian_part=True, adversary_steps=2),
     AVBAC(batch_size=16, noise_dim=3, encoder="injected", covariance="full"),

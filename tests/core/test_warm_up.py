@@ -18,12 +18,13 @@ from harness.training import Modules, Noise
 from harness.warm_up import WarmUpMethod
 from harness_plugins.avb import AVB
 from harness_plugins.avb_ac import AVBAC
+from harness_plugins.funnel import Funnel
 from harness_plugins.iaf import IAF
 from harness_plugins.vae import VAE
 
 METHODS: dict[type[WarmUpMethod], dict[str, Any]] = {
     VAE: {},
-    IAF: {"hidden": 8},
+    IAF: {"hidden": 16},
     AVB: {"noise_dim": 4},
     AVBAC: {"nbasis": 3, "noise_dim": 2, "basis_width": 8},
 }
@@ -91,3 +92,11 @@ def test_conformance_with_a_warm_up(kind: type[WarmUpMethod]) -> None:
 def test_parts_of_a_budget_are_between_nothing_and_all(kind: type[WarmUpMethod]) -> None:
     with pytest.raises(UserError, match=r"option kl_warmup=1\.5"):
         method_of(kind, 1.5)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_densities_without_a_likelihood_are_refused(kind: type[WarmUpMethod]) -> None:
+    """With a weight of 0 the funnel's objective is that of f(z) / N(z; 0, I), which has no bound."""
+    view = view_of(Funnel())
+    assert method_of(kind, 0.0).unfit(view) is None
+    assert "kl_warmup" in (method_of(kind, 0.3).unfit(view) or "")

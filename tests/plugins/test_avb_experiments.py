@@ -51,6 +51,16 @@ def test_methods_are_tuned_by_equal_effort_on_other_seeds(experiment: Experiment
         assert not set(suite.seeds) & set(range(experiment.seeds(scale)))
 
 
+def test_every_method_is_tried_on_mnist_with_and_without_the_same_warm_up() -> None:
+    tried: dict[str, set[str]] = {}
+    for text in all_suites(AVBMnist(), "laptop")["32-trials"].methods.values():
+        [(method, options)] = parse_selection(text)
+        tried.setdefault(method, set()).add(options["kl_warmup"])
+    assert set(tried) == {"vae", "iaf", "avb", "avb-ac"}
+    assert len(set(map(frozenset, tried.values()))) == 1
+    assert len(tried["vae"]) == 2
+
+
 @pytest.mark.parametrize(("experiment", "latent_dims"), [(AVBDecoders(), (2, 8)), (AVBMnist(), (32,))])
 def test_settings_are_chosen_by_validation_images(experiment: Experiment, latent_dims: tuple[int, ...]) -> None:
     for latent_dim in latent_dims:
