@@ -398,8 +398,8 @@ class SharedEncoder(AVB):
     ("method", "message"),
     [
         (OwnModel(), "must return the view's model under 'model'"),
-        (Orphan(), r"players own \['encoder', 'model'\], build\(\) returned \['encoder', 'extra', 'model'\]"),
-        (SharedEncoder(), r"players own \['adversary', 'encoder', 'encoder', 'model'\]"),
+        (Orphan(), r"players own \['encoder', 'kl_weight', 'model'\], build\(\) returned \['encoder', 'extra', 'kl_w"),
+        (SharedEncoder(), r"players own \['adversary', 'encoder', 'encoder', 'kl_weight', 'model'\]"),
     ],
 )
 def test_modules_and_players_that_do_not_match_are_refused(method: GradientMethod, message: str) -> None:

@@ -152,4 +152,4 @@ def test_options_are_part_of_the_network() -> None:
     method = IAF(flows=2, hidden=10, context_dim=4)
     layer = (2 + 4) * 10 + 10 + 10 * 4 + 4
     assert parameters(replace(method, flows=5)) - parameters(method) == 3 * layer
-    assert [player.on for player in method.players()] == [("model", "encoder")]
+    assert [player.on for player in method.players()] == [("model", "encoder", "kl_weight")]
