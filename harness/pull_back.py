@@ -22,7 +22,7 @@ PullBack = Callable[[Tensor], Tensor]
 def _softplus(h: Tensor) -> tuple[Tensor, PullBack]:
     """From off = sigmoid(-h): softplus(h) = -log off, its derivative 1 - off. Where off is rounded to 0 it is h.
 
-    Its error is a rounding of 1: far below zero, where softplus is smaller, it is 0.
+    Its error is a rounding of 1, so that far below zero it is 0; PyTorch's own is h from 20 on, 2e-9 off.
     """
     if h.dtype in (torch.bfloat16, torch.float16):  # too few digits for off close to 1
         return F.softplus(h), lambda gradient: gradient.mul_(h.sigmoid())

@@ -41,8 +41,8 @@ class KLWeight(nn.Module):
 class WarmUpMethod(GradientMethod):
     """A method whose `build` has `kl_weight()` under ``kl_weight``, which its `losses` put on the KL term.
 
-    Not for densities of z without a likelihood: less of the KL to an N(0, I) that is not theirs is more of a density
-    that is nowhere bounded.
+    Not for a `LogDensityModel`: its prior N(0, I) is a mere reference, and with a weight of 0 what is maximised is
+    log f(z) - log N(z; 0, I), which has no bound where f has heavier tails.
 
     Args:
         kl_warmup: The KL term's weight grows from 0 to 1 over this part of the budget, and the training curve's
