@@ -89,7 +89,8 @@ class PyroModel(LatentModel):
 
     Raises:
         UserError: If the program has no density in R^D, or another one at every run: no latent sites or discrete ones,
-            sites that change, subsampled plates, parameters, values that were observed at no site.
+            sites that change, subsampled plates, parameters, values that were observed at no site, draws apart from
+            sites that a density depends on.
     """
 
     x: Tensor
@@ -249,7 +250,10 @@ class PyroModel(LatentModel):
     def _can_be_vectorised(self) -> bool:
         z = self.sample_prior(TRIED, generator(self.x.device, "pyro program", self.name, "vectorised"))
         self.vectorised = False
-        alone = self._each(self._log_joint, self.x, z)
+        with seeded(derive("pyro program", self.name, "repeated")):
+            alone, again = (self._each(self._log_joint, self.x, z) for _ in range(2))
+        if not torch.allclose(alone, again, equal_nan=True):
+            raise UserError(f"{self.name}: its density at given latents changes: let it draw by pyro.sample only")
         self.vectorised = True
         try:
             if torch.allclose(self._each(self._log_joint, self.x, z), alone, equal_nan=True):

@@ -300,6 +300,10 @@ def changing() -> None:
     y(pyro.sample("odd" if next(RUNS) % 2 else "even", dist.Normal(0.0, 1.0)))
 
 
+def drawing_apart() -> None:
+    y(pyro.sample("mu", dist.Normal(0.0, 1.0)) + torch.randn(()))
+
+
 def parameter() -> None:
     y(pyro.param("slope", torch.tensor(1.0)) * pyro.sample("mu", dist.Normal(0.0, 1.0)))
 
@@ -350,6 +354,7 @@ def longer() -> None:
     [
         (discrete, "the latent site 'switch' is discrete: sum it out"),
         (changing, "its sites change from run to run"),
+        (drawing_apart, "its density at given latents changes: let it draw by pyro.sample only"),
         (parameter, "it has the parameter 'slope': give it a prior"),
         (subsampled, "plate 'rows' is subsampled"),
         (scaled, "the latent site 'mu' is scaled or masked"),
