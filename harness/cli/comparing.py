@@ -147,15 +147,16 @@ def evaluate(
 
 @click.command(cls=StrictCommand)
 @click.argument("folder", metavar="DIR")
+@click.option("--against", metavar="ROW", help="Row that the others are held against.  [default: the first]")
 @rarely_collected()
-def report(folder: str) -> int:
+def report(folder: str, against: str | None) -> int:
     """Print the tables of DIR, write figures.
 
     The report goes to DIR/report; no fit and no measurement is computed anew.
     """
     from harness.cli.console import output
     from harness.options import UserError
-    from harness.report.build import tables_of
+    from harness.report.build import jobs_of, tables_of
     from harness.report.markdown import write_built
     from harness.report.terminal import print_built
     from harness.store import Store
@@ -164,7 +165,7 @@ def report(folder: str) -> int:
     records, examples = store.tables()
     if records.empty:
         raise UserError(f"{folder!r} has no results yet; `harness compare --out {folder}` makes them")
-    built = tables_of(records, examples)
+    built = tables_of(records, examples, () if against is None else jobs_of(records, against))
     print_built(built, output())
     click.echo(f"report: {write_built(store, records, built, store.path / 'report')}")
     return 0

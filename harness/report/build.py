@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 import pandas as pd
 
 from harness import readings, statistics
+from harness.options import UserError, unknown
 from harness.report import checks, distances, trust
 from harness.report.cells import seed_list
 from harness.report.tables import COLUMNS, SOURCES, Issue, MethodRow, Table, TableKey
@@ -55,6 +57,20 @@ def tables_of(records: pd.DataFrame, examples: pd.DataFrame, job_order: Sequence
         dataclasses.replace(_table(key, found[key], values, older), definitions=definitions[key.problem])
         for key in keys
     ]
+
+
+def jobs_of(records: pd.DataFrame, name: str) -> list[str]:
+    """Ids of the jobs of a method, or of the run that tables call so: a job order in which these are first.
+
+    Raises:
+        UserError: If there are none.
+    """
+    runs = [(row["job_id"], _run_key(row)) for row in readings.rows(records)]
+    names = {run: {run[0], label} for run, label in labelled(list(dict.fromkeys(run for _, run in runs))).items()}
+    found = [job_id for job_id, run in runs if name in names[run]]
+    if not found:
+        raise UserError(unknown("row", name, itertools.chain(*names.values())))
+    return list(dict.fromkeys(found))
 
 
 def labelled(runs: Sequence[RunKey]) -> dict[RunKey, str]:

@@ -153,6 +153,21 @@ def test_report_writes_what_it_says(run: Run) -> None:
     assert Path(out.splitlines()[-1].removeprefix("report: ")).is_file()
 
 
+@pytest.mark.parametrize("against", ["avb", "vae[batch_size=4]"])
+def test_report_holds_the_others_against_the_row_that_is_named(run: Run, against: str) -> None:
+    run("compare", "--methods", "vae[batch_size=2|4],avb", *TINY, "--out", "here")
+    _, out, _ = run("report", "here", "--against", against)
+    report = Path(out.splitlines()[-1].removeprefix("report: ")).read_text()
+    cells = [line.replace("\\", "").strip("|* ").split(" | ") for line in report.splitlines() if "2 seeds" in line]
+    methods = {row[0].strip("* "): row[3] for row in cells if row[1] == "2 seeds"}
+    assert next(iter(methods)) == against
+    assert [method for method, difference in methods.items() if difference == "first"] == [against]
+
+    code, out, err = run("report", "here", "--against", "vea")
+    assert (code, out) == (2, "")
+    assert err == "harness: error: unknown row 'vea'; did you mean 'vae'?\n"
+
+
 def test_a_failed_job_gives_exit_code_1_and_can_be_tried_again(run: Run) -> None:
     Path("faulty.py").write_text(FAULTY)
     words = ["--methods", "faulty[fault=raise|diverge|none]", *TINY, "--plugin", "faulty.py", "--out", "here"]
