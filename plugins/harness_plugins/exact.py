@@ -24,11 +24,14 @@ from harness import hookimpl
 from harness.estimators import BLOCK_ELEMENTS, SMALLEST_EVENT, posterior_means
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
 from harness.method import Diverged, Fit
-from harness.model import HasClosedForm, HasEvidence, LatentModel
+from harness.model import HasClosedForm, HasEvidence, LatentModel, has_standard_normal_prior
 from harness.posterior import HasDensity
 from harness.problem import Problem, ScoredSplit
+from harness.seeding import generator
 
 HALF_WIDTH = 16.0  # of the box; a standard normal density falls by 128 nats from its centre to there
+PRIOR_DRAWS, BEYOND_DRAWS = 1000, 3.0  # other priors: so many draws, and the box at least so many times as large
+TOO_HIGH = math.log(2)  # nats; a coarse sum that is further above the next says nothing of what matters
 COARSEST, FIRST_CHECKED = 64, 256  # cells a side: on the first grid, and on the first that may be the last
 
 
@@ -100,7 +103,8 @@ def quadrature(
     """log p(x) by a sum over a grid, in float64 and in constant memory: x (N, *E) -> (N,), nats.
 
     A cell is left out of the next grid if neither it nor a neighbour matters to any x: all that is left out adds up to
-    less than a hundredth of the tolerance, as seen at its own level.
+    less than a hundredth of the tolerance, as seen at its own level. The box reaches to 16 from the origin, or further
+    where draws of a prior that is not standard normal do.
 
     Args:
         points: Most cells along one axis.
@@ -112,11 +116,14 @@ def quadrature(
         NotConverged: If log p(x) still changes by more than the tolerance, or is not negligible at the borders.
     """
     model, x = copy.deepcopy(model).double(), x.double()
+    half_width = _half_width(model, x.device)
     cells = torch.ones((COARSEST,) * model.latent_dim, dtype=torch.bool, device=x.device)
-    log_p, _ = _sum(model, x, cells, torch.zeros_like(x.flatten(1)[:, 0]))
+    log_p, _ = _sum(model, x, cells, half_width, torch.zeros_like(x.flatten(1)[:, 0]))
     while True:
         cells = _halved(cells)
-        refined, relevance = _sum(model, x, cells, log_p)
+        refined, relevance = _sum(model, x, cells, half_width, log_p)
+        if bool((refined < log_p - TOO_HIGH).any()):  # a peak near the centre of a wide cell was taken to be as wide
+            _, relevance = _sum(model, x, cells, half_width, torch.minimum(refined, log_p))
         change, log_p, side = float((refined - log_p).abs().max()), refined, len(cells)
         if not math.isfinite(change):
             raise Diverged(f"quadrature: log p(x) is not finite with {side} points an axis")
@@ -125,33 +132,43 @@ def quadrature(
         if 2 * side > points:
             raise NotConverged(
                 f"quadrature with {side} points an axis still changes log p(x) by {change:.2g} nats, tolerance "
-                f"{tolerance:g}; raise points or tolerance"
+                f"{tolerance:g}; raise points"
             )
-        cells = _relevant(cells, relevance, math.log(tolerance / 100 / len(relevance)))
+        cells = _relevant(cells, relevance, math.log(tolerance / 100 / len(relevance)) - TOO_HIGH, half_width)
     return log_p, {
         "method": "quadrature",
-        "half_width": HALF_WIDTH,
+        "half_width": half_width,
         "points_per_axis": side,
         "evaluated_points": len(relevance),
         "largest_change": change,
     }
 
 
-def _sum(model: LatentModel, x: Tensor, cells: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+def _half_width(model: LatentModel, device: torch.device) -> float:
+    """16, doubled until the box is well beyond all of some draws from the prior."""
+    half_width = HALF_WIDTH
+    if not has_standard_normal_prior(model):
+        z = model.sample_prior(PRIOR_DRAWS, generator(device, "exact", "half width"))
+        while half_width < BEYOND_DRAWS * float(z.abs().max()) < math.inf:
+            half_width *= 2
+    return half_width
+
+
+def _sum(model: LatentModel, x: Tensor, cells: Tensor, half_width: float, reference: Tensor) -> tuple[Tensor, Tensor]:
     """log p(x) as the sum over cells, (N,), and each cell's largest log share of ``reference`` over all x, (C,)."""
-    h = 2 * HALF_WIDTH / len(cells)
+    h = 2 * half_width / len(cells)
     log_volume = cells.ndim * math.log(h)
     log_p = torch.full_like(reference, -math.inf)
     relevance: list[Tensor] = []
     for part in cells.nonzero().split(max(1, BLOCK_ELEMENTS // max(x.numel() // len(x), len(x), SMALLEST_EVENT))):
-        z = (part.to(x.dtype) + 0.5) * h - HALF_WIDTH
+        z = (part.to(x.dtype) + 0.5) * h - half_width
         log_joint = model.log_likelihood(x, z[:, None]) + model.log_prior(z)[:, None] + log_volume
         log_p = torch.logaddexp(log_p, log_joint.logsumexp(0))
         relevance.append((log_joint - reference).amax(1))
     return log_p, torch.cat(relevance)
 
 
-def _relevant(cells: Tensor, relevance: Tensor, threshold: float) -> Tensor:
+def _relevant(cells: Tensor, relevance: Tensor, threshold: float, half_width: float) -> Tensor:
     """Cells whose relevance, shape (C,), is above the threshold, and all their neighbours.
 
     Raises:
@@ -162,7 +179,7 @@ def _relevant(cells: Tensor, relevance: Tensor, threshold: float) -> Tensor:
     border = torch.ones_like(cells)
     border[(slice(1, -1),) * cells.ndim] = False
     if bool((kept & border).any()):
-        raise NotConverged(f"quadrature: the integrand is not negligible at {HALF_WIDTH:g} from the origin")
+        raise NotConverged(f"quadrature: the integrand is not negligible at {half_width:g} from the origin")
     pool = F.max_pool1d if cells.ndim == 1 else F.max_pool2d
     return pool(kept.float()[None, None], kernel_size=3, stride=1, padding=1)[0, 0].bool()
 
