@@ -210,7 +210,8 @@ class Fit:
     Args:
         state: Tensors from which `Method.restore` rebuilds model and posterior.
         parameters: Trainable parameters that the method brought besides the model's.
-        gradient_evaluations: One for each minibatch, whatever it draws, or for each step along a chain's trajectory.
+        gradient_evaluations: One for each update of a player, whatever it draws, or for each step along a chain's
+            trajectory.
         step_used: How the steps of the training loop were taken (`harness.stepping`); empty without that loop.
         seconds, curve: Time on the fit clock and training curve; filled in by the job. Empty in a restored fit.
     """

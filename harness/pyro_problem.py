@@ -15,7 +15,7 @@ import itertools
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -24,16 +24,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import biject_to
 
 from harness.model import LatentModel
 from harness.options import UserError
+from harness.pyro_sites import CHANGING, Site, bijection, element_names, faults, is_quantity, is_sample, log_prob
 from harness.seeding import derive, drawing_from, generator, seeded
 from harness.target import PosteriorProblem
 
 Program = Callable[[], object]
-Site = dict[str, Any]
-"""What Pyro knows of one statement of a program: its name, type, distribution, value ..."""
 TRIED = 3  # latents, to see whether a program can be run for several at once
 RUNS = 5  # to see whether it is always the same
 
@@ -104,7 +102,7 @@ class PyroModel(LatentModel):
         sites = self._examined()
         self.places = _places({key: site for key, site in sites.items() if not site["is_observed"]})
         self.latent_dim = max(place.last for place in self.places.values())
-        self.names = [text for site in sites.values() if _is_quantity(site) for text in _element_names(site)]
+        self.names = [text for site in sites.values() if is_quantity(site) for text in element_names(site)]
         frames = [frame for site in sites.values() for frame in site["cond_indep_stack"] if frame.vectorized]
         self.plates = max((-frame.dim for frame in frames), default=0)
         self.drawn_together = self._can_be_drawn_together()
@@ -148,7 +146,7 @@ class PyroModel(LatentModel):
 
     def _quantities(self, x: Tensor, z: Tensor) -> Tensor:
         _, _, sites = self._run(x, z)
-        return torch.cat([site["value"].reshape(-1) for site in sites.values() if _is_quantity(site)])
+        return torch.cat([site["value"].reshape(-1) for site in sites.values() if is_quantity(site)])
 
     # Draws
 
@@ -165,11 +163,11 @@ class PyroModel(LatentModel):
         with pyro.plate("several latents", n, dim=-1 - self.plates):
             sites = self._sites(self.x)
         log_p = [sites[name]["fn"].log_prob(sites[name]["value"]).reshape(n, -1).sum(1) for name in self.places]
-        return self._coordinates(sites, n), torch.stack(log_p).sum(0)
+        return self._coordinates(sites, n), torch.stack(log_p).sum(0).to(self.x.dtype)
 
     def _coordinates(self, sites: Mapping[str, Site], *n: int) -> Tensor:
         """The latents with these values of the sites: (*n, D)."""
-        found = [biject_to(sites[name]["fn"].support).inv(sites[name]["value"]) for name in self.places]
+        found = [bijection(sites[name]["fn"]).inv(sites[name]["value"]) for name in self.places]
         return torch.cat([u.reshape(*n, -1).to(self.x.dtype) for u in found], dim=-1)
 
     # Runs of the program
@@ -189,9 +187,9 @@ class PyroModel(LatentModel):
         log_prior, log_likelihood = handler.log_jacobian, z.new_zeros(())
         for name, site in sites.items():
             if name in self.places:
-                log_prior = log_prior + _log_prob(site)
-            elif not _is_quantity(site):
-                log_likelihood = log_likelihood + _log_prob(site)
+                log_prior = log_prior + log_prob(site)
+            elif not is_quantity(site):
+                log_likelihood = log_likelihood + log_prob(site)
         return log_prior.to(z.dtype), log_likelihood.to(z.dtype), sites
 
     def _sites(self, x: Tensor) -> dict[str, Site]:
@@ -200,7 +198,7 @@ class PyroModel(LatentModel):
         Raises:
             UserError: If the latent ones are others than before: their values would be draws instead of being z's.
         """
-        sites = {name: site for name, site in self._nodes(x).items() if _is_sample(site)}
+        sites = {name: site for name, site in self._nodes(x).items() if is_sample(site)}
         latent = {name for name, site in sites.items() if not site["is_observed"]}
         if latent != self.places.keys():
             raise UserError(f"{self.name}: {CHANGING}: {', '.join(latent ^ self.places.keys())}")
@@ -223,10 +221,13 @@ class PyroModel(LatentModel):
     def _examined(self) -> dict[str, Site]:
         """The sample sites, after a look at some runs with draws from the prior."""
         with seeded(derive("pyro program", self.name, "examined")), torch.no_grad(), _by_itself(self.x):
-            runs = [self._nodes(self.x) for _ in range(RUNS)]
-        for fault in _faults(runs, self.shapes):
+            try:
+                runs = [self._nodes(self.x) for _ in range(RUNS)]
+            except NotImplementedError as error:
+                raise UserError(f"{self.name}: cannot be drawn from ({error}): give it proper priors") from error
+        for fault in faults(runs, self.shapes):
             raise UserError(f"{self.name}: {fault}")
-        return {name: site for name, site in runs[0].items() if _is_sample(site)}
+        return {name: site for name, site in runs[0].items() if is_sample(site)}
 
     def _can_be_drawn_together(self) -> bool:
         """Whether draws within a further plate have the densities there that they have alone.
@@ -300,7 +301,7 @@ def _coordinates_handler() -> Any:
         def _pyro_sample(self, msg: Any) -> None:
             place = self.places.get(msg["name"])
             if place is not None:
-                transform = biject_to(msg["fn"].support)
+                transform = bijection(msg["fn"])
                 u = self.z[place.first : place.last].reshape(place.shape)
                 msg["value"] = transform(u)
                 self.log_jacobian = self.log_jacobian + transform.log_abs_det_jacobian(u, msg["value"]).sum()
@@ -308,96 +309,11 @@ def _coordinates_handler() -> Any:
     return Coordinates
 
 
-def _log_prob(site: Site) -> Tensor:
-    """The log density of a site's value, as the program scales and masks it: a scalar."""
-    from pyro.distributions.util import scale_and_mask
-
-    return scale_and_mask(site["fn"].log_prob(site["value"]), site["scale"], site["mask"]).sum()
-
-
-def _is_sample(site: Site) -> bool:
-    return site["type"] == "sample" and type(site["fn"]).__name__ != "_Subsample"  # as in Pyro: a plate's indices
-
-
-def _is_quantity(site: Site) -> bool:
-    return not site["is_observed"] or bool(site["infer"].get("_deterministic"))
-
-
 def _places(latent: Mapping[str, Site]) -> dict[str, Place]:
     places: dict[str, Place] = {}
     first = 0
     for name, site in latent.items():
-        shape = tuple(biject_to(site["fn"].support).inverse_shape(site["value"].shape))
+        shape = tuple(bijection(site["fn"]).inverse_shape(site["value"].shape))
         places[name] = Place(first, first + math.prod(shape), shape)
         first += math.prod(shape)
     return places
-
-
-def _element_names(site: Site) -> list[str]:
-    """``mu``; or ``theta[0]``, ``theta[1]``; or ``L[0,0]``, ``L[0,1]`` ...: in the order of the flattened value."""
-    shape = tuple(site["value"].shape)
-    return [f"{site['name']}[{','.join(map(str, i))}]" for i in np.ndindex(*shape)] if shape else [site["name"]]
-
-
-# Faults
-
-
-CHANGING = "its sites change from run to run"
-
-
-def _faults(runs: Sequence[Mapping[str, Site]], observed: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-    """Why a program is no problem, from some of its runs."""
-    run = runs[0]
-    for other in runs[1:]:
-        if _structure(run) != _structure(other):
-            yield f"{CHANGING}: {', '.join(sorted(_structure(run) ^ _structure(other)))}"
-    sites = {name: site for name, site in run.items() if _is_sample(site)}
-    for name, site in run.items():
-        if site["type"] == "param":
-            yield f"it has the parameter {name!r}: give it a prior (pyro.sample) or a value; there is nothing to learn"
-        if site["type"] == "sample" and name not in sites and len(site["value"]) < site["fn"].size:
-            yield f"plate {name!r} is subsampled: there is one observation, and all of it counts"
-    for name, shape in observed.items():
-        yield from _observed_faults(name, shape, sites)
-    latent = [site for site in sites.values() if not site["is_observed"]]
-    if not latent:
-        yield "it has no latent site: all are observed"
-    for site in latent:
-        yield from _latent_faults(site)
-
-
-def _structure(run: Mapping[str, Site]) -> set[str]:
-    """What must be the same in all runs."""
-    return {f"{name} {tuple(site['value'].shape)}" for name, site in run.items() if _is_sample(site)}
-
-
-def _observed_faults(name: str, shape: tuple[int, ...], sites: Mapping[str, Site]) -> Iterator[str]:
-    if name not in sites:
-        yield f"there is no site {name!r} for what was observed; its sites are {', '.join(sites)}"
-    elif tuple(sites[name]["fn"].shape()) != shape:
-        yield f"site {name!r} has the shape {tuple(sites[name]['fn'].shape())}; what was observed has {shape}"
-
-
-def _without_density(distribution: Any) -> str:
-    """What is masked or concentrated on a point in a distribution, whatever is wrapped around it; empty if nothing."""
-    kind, base = type(distribution).__name__.removesuffix("Distribution"), getattr(distribution, "base_dist", None)
-    if kind in ("Masked", "Delta"):
-        return kind.lower()
-    return "" if base is None else _without_density(base)
-
-
-def _latent_faults(site: Site) -> Iterator[str]:
-    name, distribution = site["name"], site["fn"]
-    if distribution.support.is_discrete:
-        yield f"the latent site {name!r} is discrete: sum it out; only continuous sites have a density in R^D"
-    elif site["infer"].get("enumerate"):
-        yield f"the latent site {name!r} is enumerated: sum it out"
-    elif site["mask"] is not None or site["scale"] != 1:
-        yield f"the latent site {name!r} is scaled or masked: its prior is no density then"
-    elif kind := _without_density(distribution):
-        yield f"the latent site {name!r} has a {kind} distribution, which is no density"
-    else:
-        try:
-            biject_to(distribution.support)
-        except NotImplementedError:
-            yield f"the support of the latent site {name!r} ({distribution.support}) has no bijection from R^k"

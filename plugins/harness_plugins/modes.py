@@ -67,7 +67,9 @@ def _worth(model: HasModes, n: int, modes: int, kept: Tensor | None) -> Tensor:
     if kept is None:
         return torch.full((modes,), n, dtype=torch.float64)
     visited = model.mode_of(kept).cpu()
-    worth = [effective_draws((visited == mode).double().numpy()) for mode in range(modes)]
+    found = [(visited == mode).double().numpy() for mode in range(modes)]
+    # Of a mode that all chains stay in, or out of, each says one thing: where it started.
+    worth = [effective_draws(each) if each.min() < each.max() else len(kept) for each in found]
     return torch.tensor(worth, dtype=torch.float64).clamp(max=n)
 
 

@@ -43,7 +43,7 @@ Family = Literal[
 NEWTON_STEPS, HALVINGS = 100, 20
 PROMISE = 1e-8  # nats
 ARMIJO = 1e-4
-FLAT = 1e-4  # curvature: a standard deviation of 100, where latents are on a scale of about 1
+FLAT = 1e-4  # curvature; 1/FLAT is a variance, where latents are on a scale of about 1
 PRIOR_DRAWS = 15  # whose median is where a guide starts: as many as Pyro takes for univariate sites
 
 
@@ -174,7 +174,10 @@ def _expansion(model: LatentModel, x: Tensor, z: Tensor) -> MultivariateNormal:
         if promise < PROMISE:
             values, vectors = _second_order(log_joint, z := z + step)[2]
             if float(values.min()) < FLAT:
-                raise Diverged("log p(x, z) rises or is flat in some direction where the search ended: no mode")
+                raise Diverged(
+                    "log p(x, z) rises or is flat in some direction where the search ended: no mode, or a standard "
+                    f"deviation over {FLAT**-0.5:g}: state latents on a scale of about 1"
+                )
             root, failure = torch.linalg.cholesky_ex((vectors / values) @ vectors.mT)
             if failure:
                 raise Diverged("the covariance at the mode of log p(x, z) is singular")

@@ -218,6 +218,26 @@ def test_programs_are_not_drawn_together_where_that_would_be_wrong() -> None:
     assert not model_of(program).drawn_together
 
 
+def test_a_mixture_has_the_support_of_its_components() -> None:
+    of = torch.distributions.Categorical(torch.tensor([0.3, 0.7]))
+    means, scales = torch.tensor([-2.0, 3.0]), torch.tensor([0.5, 2.0])  # in single precision, whatever the run is in
+
+    def program() -> None:
+        with pyro.plate("twice", 2):
+            mu = pyro.sample("mu", dist.MixtureSameFamily(of, dist.Normal(means, 1.0)))
+        sigma = pyro.sample("sigma", dist.MixtureSameFamily(of, dist.HalfNormal(scales)))
+        pyro.sample("y", dist.Normal(mu.sum(), sigma))
+
+    model = model_of(program, y=0.5)
+    z = torch.tensor([[-1.9, 2.5, 0.3], [0.0, -4.0, -1.0]], dtype=torch.float64)
+    mu, sigma = z[:, :2], z[:, 2].exp()
+    of_mu = (0.3 * log_normal(mu, -2.0, 1.0).exp() + 0.7 * log_normal(mu, 3.0, 1.0).exp()).log().sum(-1)
+    of_sigma = (0.6 * log_normal(sigma, 0.0, 0.5).exp() + 1.4 * log_normal(sigma, 0.0, 2.0).exp()).log()
+    torch.testing.assert_close(model.log_prior(z), of_mu + of_sigma + z[:, 2], rtol=0, atol=1e-5)
+    draws = model.sample_prior(2000, torch.Generator().manual_seed(1))[:, 0]
+    assert abs((draws > 0.5).double().mean() - (0.3 * 0.0062 + 0.7 * 0.9938)) < 5 * (0.7 * 0.3 / 2000) ** 0.5
+
+
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_a_site_may_have_a_batch_of_its_own_of_any_size(size: int) -> None:
     """Outside of any plate, and as large as what is drawn to find out, too."""
@@ -331,8 +351,18 @@ def concentrated() -> None:
 
 
 def without_bijection() -> None:
-    components = dist.Normal(torch.zeros(2), torch.ones(2))
+    components = dist.Uniform(torch.zeros(2), torch.tensor([1.0, 2.0]))
     y(pyro.sample("mu", dist.MixtureSameFamily(torch.distributions.Categorical(torch.ones(2)), components)))
+
+
+def improper() -> None:
+    y(pyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ())))
+
+
+def circular() -> None:
+    with pyro.plate("angles", 2):
+        y_mean = pyro.sample("angle", dist.VonMises(0.0, 2.0)).sum()
+    y(y_mean)
 
 
 def fixed() -> None:
@@ -361,6 +391,8 @@ def longer() -> None:
         (masked, "the latent site 'mu' has a masked distribution, which is no density"),
         (concentrated, "the latent site 'twice' has a delta distribution, which is no density"),
         (without_bijection, "the support of the latent site 'mu'"),
+        (improper, r"cannot be drawn from \(.*\): give it proper priors"),
+        (circular, "the latent site 'angle' has a distribution on the circle, which is no density on R"),
         (fixed, "it has no latent site"),
         (misnamed, "there is no site 'y' for what was observed; its sites are mu"),
         (longer, r"site 'y' has the shape \(2,\); what was observed has \(\)"),

@@ -10,7 +10,7 @@ from harness.distances import DrawsEvaluator
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
 from harness.method import Fit
 from harness.mixing import effective_draws
-from harness.model import HasExactDraws
+from harness.model import HasExactDraws, HasModes
 from harness.posterior import NO_FRESH_DRAWS, ChainPosterior
 from harness.problem import placed
 from harness.testing.small import SmallPosteriorProblem, view_of
@@ -77,6 +77,21 @@ def test_shares_of_modes_count_what_the_draws_are_worth() -> None:
     for name, stderr in sticky.settings["share_stderrs"].items():
         ratio = stderr / independent.settings["share_stderrs"][name]
         assert ratio == pytest.approx(HELD**0.5, rel=0.25)
+
+
+def test_chains_that_never_change_their_mode_say_one_thing_each() -> None:
+    problem = SmallPosteriorProblem()
+    view = view_of(problem)
+    assert isinstance(view.model, HasExactDraws)
+    assert isinstance(view.model, HasModes)
+    inside = view.model.sample_exact_posterior(view.validation[:1], 4000, torch.Generator().manual_seed(7))[:, 0]
+    chains = inside[view.model.mode_of(inside) == 1][:1600].reshape(4, 400, 1, 2)
+    fit = Fit(view.model, ChainPosterior(chains, torch.zeros(4, dtype=torch.int64)), {})
+    run = EvaluationRun(placed(problem, CPU, torch.float64), problem, CPU, torch.float64, 0)
+    found = next(each for each in Modes(samples=400).measure(fit, problem, run) if each.metric == "mode_error")
+    assert found.settings["shares"] == {"lower": 0.0, "upper": 1.0}
+    for stderr in found.settings["share_stderrs"].values():  # of four draws, none of which is lower
+        assert stderr == pytest.approx((1 / 402 * 401 / 402 / 4) ** 0.5)
 
 
 @pytest.mark.parametrize("evaluator", [Aggregate(), Implicit(), Gaps()], ids=lambda evaluator: evaluator.name)
