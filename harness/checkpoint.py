@@ -46,7 +46,7 @@ class Reached:
 
 def reached(store: Store, job_id: str) -> Reached | None:
     """Where the fit of a job would go on, or None if it would start anew."""
-    with suppress(Damaged), _opened(store.checkpoint_path(job_id)) as file:
+    with suppress(Damaged, OSError), _opened(store.checkpoint_path(job_id)) as file:
         facts = _facts(file)
         return Reached(facts["step"], facts["fraction"])
     return None
@@ -186,6 +186,8 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="numpy") as file:
             yield file
+    except (OSError, MemoryError):  # of the machine, which may be well again tomorrow, and not of the file
+        raise
     except Exception as error:  # safetensors raises its own and others' errors on damaged files
         raise Damaged(f"{error}") from None
 

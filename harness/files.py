@@ -97,6 +97,8 @@ class Folder:
             return None
         try:
             return parse(content)
+        except MemoryError:  # of the machine, and not of the file
+            raise
         except Exception as error:  # libraries raise their own and others' errors on damaged files
             with suppress(OSError):
                 if (self.path / name).read_bytes() != content:  # another process has written it anew

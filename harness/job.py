@@ -35,7 +35,7 @@ from harness.evaluator import Evaluator
 from harness.loading import source_name
 from harness.method import Budget, Method, Run
 from harness.precision import Precision, dtype_of, products_of
-from harness.problem import DeviceData, Problem, TrainingView, class_sources, loaded, placed, source_hash
+from harness.problem import DataError, DeviceData, Problem, TrainingView, class_sources, loaded, placed, source_hash
 from harness.record import SCHEMA
 from harness.registry import Plugin
 from harness.seeding import Streams
@@ -101,6 +101,11 @@ class Job:
     fitted_on: str = ""
 
     @cached_property
+    def _content_hash(self) -> str:
+        """Of the data as they were when the job was asked for its key."""
+        return loaded(self.problem).content_hash
+
+    @cached_property
     def job_id(self) -> str:
         """The fit key.
 
@@ -109,7 +114,7 @@ class Job:
         """
         return _digest(
             {
-                "spec": _spec_hash(self.problem, loaded(self.problem).content_hash),
+                "spec": _spec_hash(self.problem, self._content_hash),
                 "method": self.method.name,
                 "config": self.method.config,
                 "seed": self.seed,
@@ -141,7 +146,15 @@ class Job:
         return Streams(self.seed, self.problem.label, self.method.name, self.device)
 
     def data(self) -> DeviceData:
-        return placed(self.problem, self.device, self.dtype)
+        """The data on the job's device.
+
+        Raises:
+            DataError: If they have changed since the job was asked for its key.
+        """
+        data = placed(self.problem, self.device, self.dtype)
+        if data.spec.content_hash != self._content_hash:
+            raise DataError(f"{self.problem.label}: its data have changed since the run began; start it again")
+        return data
 
     def training_view(self) -> TrainingView:
         return self.problem.training_view(self.data(), self.streams)

@@ -53,6 +53,8 @@ class Loop:
         self.together = Together(self.replicas, self.owned)
         self.gradients = gradients_by("eager" if self.method.one_by_one() else self.run.step, self.together)
         self.captured = captured(self.gradients, self.together)
+        on_host = self.run.device.type == "cpu"
+        self.clock_every = 1 if on_host else CLOCK_EVERY  # reading the clock waits for the device
         self.check_every = (
             math.ceil(self.run.budget.amount / VALIDATION_CHECKS)
             if self.run.budget.unit == "steps"
@@ -72,7 +74,7 @@ class Loop:
                     method.schedule(replica.modules, self.fraction)
             self.steps += 1
             self.step()
-            if not by_clock or self.steps % CLOCK_EVERY == 0:  # reading the clock waits for the device
+            if not by_clock or self.steps % self.clock_every == 0:
                 self.fraction = self.run.fraction(self.steps, self.method.batch_size * batches_per_step)
                 self._rescale(self.method.lr_decay ** max(0.0, (self.fraction - 0.4) / 0.6))
             done = self.fraction >= 1
@@ -223,5 +225,6 @@ def warm_up(device: torch.device, dtype: torch.dtype) -> None:
     stream = torch.Generator(device=device)
     x = torch.randn(2, 2, generator=stream, device=device, dtype=dtype)
     weight = layer.weight.detach().view(1, -1)
-    [gradient] = torch.autograd.grad(layer(x).sum(), [layer.weight])
+    loss = layer(x).sum()
+    [gradient] = torch.autograd.grad(loss, [layer.weight], torch.ones_like(loss))  # as a step does: it imports more
     Adam(weight, lambda flat: [flat], [Player("", (), lr=1e-3)]).step([gradient.view(1, -1)], 1.0)

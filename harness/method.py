@@ -240,6 +240,8 @@ class Method(Configurable, ABC):
 
     modules: ClassVar[tuple[ModuleType, ...]] = ()
     """Modules, besides those of its base classes, whose source defines its fits: an edit there makes them stale."""
+    libraries: ClassVar[tuple[str, ...]] = ()
+    """Modules that its fits import when they need them: imported before the clock of a fit starts."""
 
     def unfit(self, view: TrainingView) -> str | None:
         """Why this method cannot be used on a problem, or None. The job is then ``skipped`` with that reason."""

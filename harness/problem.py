@@ -295,6 +295,9 @@ class Problem(Configurable, ABC):
     def spec_hash(self) -> str:
         """Identifies data, model spec and the source that defines them; the same for every method."""
         spec = self.model_spec()
+        if " at 0x" in repr(spec) or "..." in repr(spec):  # an address, or a part of an array
+            raise TypeError(f"{self.name}: a model spec is known by its repr(), which is {repr(spec)[:200]}: make it "
+                            "a dataclass of numbers and texts")  # fmt: skip
         facts = {
             "data": loaded(self).content_hash,
             "problem": [type(self).__qualname__, self.label],  # streams are named by the label
@@ -336,10 +339,13 @@ def source_hash(thing: object) -> str:
     Raises:
         TypeError: If the source file cannot be found; its results could not be told from those of an edited version.
     """
-    path = inspect.getsourcefile(thing)  # type: ignore[arg-type]
-    if path is None:
-        raise TypeError(f"{thing!r} has no source file; results of a plugin without one cannot be identified")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    try:
+        path = inspect.getsourcefile(thing)  # type: ignore[arg-type]
+        if path is not None:
+            return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError:  # of a class that was typed in
+        pass
+    raise TypeError(f"{thing!r} has no source file, without which its results cannot be identified: put it into one")
 
 
 def remember_sources(thing: object) -> None:

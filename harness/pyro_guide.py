@@ -198,6 +198,8 @@ class SVIMethod(GradientMethod):
 
     lr: PositiveFloat = 1e-3
 
+    libraries: ClassVar[tuple[str, ...]] = ("pyro.infer.autoguide",)
+
     def one_by_one(self) -> str:
         return "Pyro draws from one generator for all"
 

@@ -13,27 +13,37 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from harness import pyro_sites
 from harness.model import LatentModel
 from harness.options import UserError
 from harness.pyro_sites import CHANGING, Site, bijection, element_names, faults, is_quantity, is_sample, log_prob
 from harness.seeding import derive, drawing_from, generator, seeded
-from harness.target import PosteriorProblem
+from harness.target import PosteriorProblem, PosteriorSpec
 
 Program = Callable[[], object]
 TRIED = 3  # latents, to see whether a program can be run for several at once
 RUNS = 5  # to see whether it is always the same
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PyroSpec(PosteriorSpec):
+    """As of other posterior problems; what defines its densities is in two modules more."""
+
+    modules: ClassVar[tuple[ModuleType, ...]] = (sys.modules[__name__], pyro_sites)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +68,9 @@ class PyroProblem(PosteriorProblem):
 
     def target(self) -> LatentModel:
         return _model_of(self)
+
+    def model_spec(self) -> PyroSpec:
+        return PyroSpec(**vars(super().model_spec()))
 
 
 @lru_cache(maxsize=4)

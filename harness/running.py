@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
+import logging
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ from harness.precision import products_of
 from harness.seeding import derive, isolated
 from harness.stopping import Stop
 from harness.store import Facts, Store
+
+log = logging.getLogger(__name__)
 
 OnProgress = Callable[[float, CurvePoint], None]
 OnResumed = Callable[[float, int], None]
@@ -75,6 +79,8 @@ def _fitted(jobs: Sequence[Job], runs: Sequence[Run]) -> list[Fit | Diverged]:
             raise Skipped(reason)
         with clock.phase("warm-up"):
             loop.warm_up(first.device, first.dtype)
+            for library in first.method.libraries:
+                importlib.import_module(library)
         with clock.phase("fit"):
             if len(jobs) == 1:
                 with runs[0].streams.initial_weights(shared=False):
@@ -148,8 +154,7 @@ def _stored(
         facts |= _spent(ended, run.clock)
         state = _arrays_of(ended)
         curve = [dataclasses.asdict(point) for point in run.curve]
-        with isolated(derive("gallery", job.job_id)):
-            pictures = gallery(ended, job.data(), job.seed)
+        pictures = _pictures(ended, job)
         ok = {**facts, **checkpoint.facts(), "status": "ok", "reason": ""}
         store.write_fit(job.job_id, state, curve, pictures, ok)
         store.remove_checkpoint(job.job_id)
@@ -167,6 +172,16 @@ def _stored(
     if outcome.status != "failed":  # what failed may be tried again from where it was
         store.remove_checkpoint(job.job_id)
     return outcome, None
+
+
+def _pictures(fit: Fit, job: Job) -> dict[str, np.ndarray]:
+    """Arrays for the figures; none where they cannot be made, which is no reason to lose a fit."""
+    try:
+        with isolated(derive("gallery", job.job_id)):
+            return gallery(fit, job.data(), job.seed)
+    except Exception as error:
+        log.warning("job %s: no arrays for figures: %s: %s", job.job_id, type(error).__name__, error)
+        return {}
 
 
 def measure_job(

@@ -134,6 +134,7 @@ class IAF(WarmUpMethod):
     """
 
     per_replica: ClassVar[frozenset[str]] = frozenset({"lr"})
+    libraries: ClassVar[tuple[str, ...]] = ("pyro.distributions.transforms", "pyro.nn")
 
     name: str = "iaf"
     flows: PositiveInt = 2

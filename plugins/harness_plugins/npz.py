@@ -173,7 +173,7 @@ def _check_probabilities(values: dict[str, np.ndarray]) -> None:
         low, high = array.min(), array.max()
         if low < 0 or high > 1:
             raise DataError(
-                f"{key} has values from {low:g} to {high:g}, but likelihood=bernoulli needs probabilities in [0, 1] "
+                f"{key} has values from {low!s} to {high!s}, but likelihood=bernoulli needs probabilities in [0, 1] "
                 "or uint8 intensities; convert them or choose likelihood=gaussian"
             )
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, PositiveInt
@@ -76,6 +76,8 @@ class NUTS(Method):
     max_tree_depth: PositiveInt = 10
     target_acceptance: Annotated[float, Field(gt=0, lt=1)] = 0.8
     mass: Literal["diagonal", "dense"] = "diagonal"
+
+    libraries: ClassVar[tuple[str, ...]] = ("pyro.infer",)
 
     def unfit(self, view: TrainingView) -> str | None:
         return unfit_for_one_posterior(view)

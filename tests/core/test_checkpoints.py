@@ -108,6 +108,26 @@ def test_a_checkpoint_that_is_damaged_is_told_of_and_the_fit_starts_anew(
     assert results(records).equals(results(whole.records()))
 
 
+def test_a_machine_that_cannot_read_a_checkpoint_now_does_not_lose_it(
+    tmp_path: Path, whole: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stopped(tmp_path)
+    kept = path.read_bytes()
+
+    def stale(*_: Any, **__: Any) -> None:
+        raise OSError(116, "Stale file handle", str(path))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint_module, "safe_open", stale)
+        records = harness.compare(AVB, out=tmp_path, **ONE)
+    assert set(records["status"]) == {"failed"}
+    assert "Stale file handle" in records["reason"][0]
+    assert path.read_bytes() == kept
+    records = harness.compare(AVB, out=tmp_path, retry="failed", **ONE)
+    assert set(records["fit_parts"]) == {2}
+    assert results(records).drop(columns="fit_parts", errors="ignore").equals(results(whole.records()))
+
+
 def test_a_folder_that_cannot_be_written_to_loses_no_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

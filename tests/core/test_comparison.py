@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 import harness
+from harness import running
 from harness.comparison import evaluate, plan
 from harness.evaluator import EvaluationRun, Evaluator, Measurement
 from harness.method import Fit
 from harness.options import UserError
-from harness.problem import Problem
+from harness.planning import resolve
+from harness.problem import DataError, Problem, loaded, placed
 from harness.record import COLUMNS, TIMING_COLUMNS
 from harness.store import Store
 from harness.training import Modules, Noise
@@ -116,6 +118,64 @@ def test_fit_in_memory_and_loaded_fit_are_the_compared_fit(tmp_path: Path) -> No
     draws = [fit.posterior.sample(x, 3, torch.Generator().manual_seed(0)) for fit in (fitted, loaded)]
     assert draws[0].shape == (3, 4, 2)
     assert torch.equal(*draws)
+
+
+def test_figures_that_cannot_be_made_cost_no_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = np.random.default_rng(0).random((40, 3, 3)).astype(np.float32)
+    np.savez(tmp_path / "x.npz", train=x[:20], validation=x[20:30], test=x[30:])
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(running, "gallery", broken)
+    words = {**SMALL, "problems": f"file:{tmp_path / 'x.npz'}", "evaluators": "reconstruction", "seeds": 1}
+    records = harness.compare("vae", out=tmp_path / "out", **words)
+    assert set(records["status"]) == {"ok"}
+    assert "no arrays for figures: RuntimeError: no picture" in caplog.text
+
+
+def test_data_that_change_under_a_run_are_no_data_of_its_jobs(tmp_path: Path) -> None:
+    x = np.random.default_rng(0).random((40, 3, 3)).astype(np.float32)
+    path = tmp_path / "x.npz"
+    np.savez(path, train=x[:20], validation=x[20:30], test=x[30:])
+    [job] = resolve("vae", f"file:{path}", [0], "steps=3", None, "cpu", "float32", "auto", (), ()).jobs
+    assert job.job_id
+    np.savez(path, train=1 - x[:20], validation=x[20:30], test=x[30:])
+    loaded.cache_clear()  # as other problems do that come in between
+    placed.cache_clear()
+    with pytest.raises(DataError, match="its data have changed since the run began"):
+        job.training_view()
+
+
+def test_the_clock_of_a_fit_runs_while_nothing_is_imported(tmp_path: Path) -> None:
+    """In a process of its own, where each kind of method is the first that needs what it needs."""
+    script = """
+        import sys
+        from contextlib import contextmanager
+        import harness
+        from harness.clock import Clock
+
+        phase = Clock.phase
+        @contextmanager
+        def watched(self, name):
+            with phase(self, name):
+                before = set(sys.modules)
+                yield
+            new = sorted({each.partition(".")[0] for each in set(sys.modules) - before})
+            if name == "fit" and new:
+                print(method, new)
+
+        Clock.phase = watched
+        for method in ("vae", "avb", "iaf"):
+            harness.fit(method, "four-points", budget="steps=20")
+        for method in ("mean-field", "nuts[warmup=5,draws=10,chains=2]"):
+            harness.fit(method, "eight-schools", budget="steps=5")
+        print("end")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    assert done.stdout == "end\n"
 
 
 def test_seeds_differ(tmp_path: Path) -> None:

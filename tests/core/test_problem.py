@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +22,7 @@ from harness.problem import (
     Problem,
     Split,
     binarised_,
+    class_sources,
     loaded,
     placed,
     random_bits,
@@ -240,6 +244,39 @@ def test_equal_problems_share_one_copy_of_the_data() -> None:
 def test_the_spec_hash_tells_problems_apart_by_what_they_are() -> None:
     assert Toy().spec_hash == Toy(latent_dim=3).spec_hash
     assert len({Toy().spec_hash, Toy(latent_dim=4).spec_hash, Toy(width=6).spec_hash}) == 3
+
+
+class Plain:
+    """Its repr() is where it is in memory."""
+
+
+@pytest.mark.parametrize("part", [Plain(), np.zeros(2000)], ids=["address", "array"])
+def test_a_spec_whose_repr_does_not_tell_what_it_is_has_no_hash(part: object) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Spec(MLPSpec):
+        part: Any
+
+    @dataclass(frozen=True, kw_only=True)
+    class Other(Toy):
+        def model_spec(self) -> ModelSpec:
+            return Spec(latent_dim=2, width=5, depth=1, part=part)
+
+    with pytest.raises(TypeError, match="toy: a model spec is known by its repr"):
+        _ = Other().spec_hash
+
+
+def test_a_class_that_was_typed_in_has_no_source() -> None:
+    script = """
+        from harness.problem import class_sources
+        class Typed: ...
+        try:
+            class_sources(Typed)
+        except TypeError as error:
+            print(error)
+    """
+    for words, text in (["-c", textwrap.dedent(script)], None), (["-"], textwrap.dedent(script)):
+        done = subprocess.run([sys.executable, *words], input=text, capture_output=True, text=True, check=True)
+        assert "has no source file, without which its results cannot be identified: put it into one" in done.stdout
 
 
 @pytest.mark.parametrize("likelihood", ["bernoulli", "gaussian"])
