@@ -288,12 +288,14 @@ def posterior_means(
 def posterior_moments(posterior: Posterior, x: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of q(z|x) from exactly ``n`` of its samples: a block x (B, *E) -> two of (B, D).
 
-    Standard deviations below 1e-4 are raised to it: a posterior that has collapsed to a point still gives a density.
+    Where draws are the same but for rounding the standard deviation is 1e-4: a posterior that has collapsed to a point
+    still gives a density.
     """
     moments = StreamedMean()
     for size in sample_blocks(x, n):
         moments.add(posterior.sample(x, size, generator))
-    return moments.value().to(x.dtype), moments.sd().to(x.dtype).clamp(min=1e-4)
+    mean, sd = moments.value().to(x.dtype), moments.sd().to(x.dtype)
+    return mean, torch.where(sd > 100 * torch.finfo(x.dtype).eps * mean.abs(), sd, sd.clamp(min=1e-4))
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,9 @@ from torch import Tensor
 from harness.model import LatentModel, NamesQuantities
 
 TAILS = (0.05, 0.95)
+LARGEST_R_HAT = (
+    1000.0  # of chains that stand still, each somewhere else, it is infinite, or whatever rounding makes of it
+)
 
 
 def quantities(model: LatentModel, chains: Tensor) -> dict[str, np.ndarray]:
@@ -49,7 +52,8 @@ def diagnostics(found: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     if not any(np.ptp(values, axis=1).any() for values in moving.values()):
         raise ArithmeticError("no chain has moved from where it was after its warm-up")
     draws = np.stack(list(moving.values()))
-    r_hat = array_stats.rhat(draws, chain_axis=1, draw_axis=2)
+    with np.errstate(divide="ignore"):
+        r_hat = np.minimum(array_stats.rhat(draws, chain_axis=1, draw_axis=2), LARGEST_R_HAT)
     bulk = array_stats.ess(draws, chain_axis=1, draw_axis=2, method="bulk")
     tail = array_stats.ess(draws, chain_axis=1, draw_axis=2, method="tail", prob=TAILS)
     columns = {"r_hat": r_hat, "ess_bulk": bulk, "ess_tail": tail}

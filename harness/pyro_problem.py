@@ -26,6 +26,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from harness import pyro_sites
 from harness.model import LatentModel
@@ -280,6 +281,21 @@ class PyroModel(LatentModel):
         return False
 
 
+class Factors(TorchFunctionMode):
+    """Cholesky factors of matrices that are not positive definite are nan, as of other impossible numbers, no error.
+
+    Far from the typical set, where trajectories may come, covariances are not positive definite in floating point.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is not torch.linalg.cholesky:
+            return func(*args, **(kwargs or {}))
+        root, failed = torch.linalg.cholesky_ex(*args, **(kwargs or {}))
+        return torch.where(failed[..., None, None] == 0, root, math.nan)
+
+
 @contextmanager
 def _by_itself(like: Tensor) -> Iterator[None]:
     """A program runs for itself: nothing of Pyro that is active outside sees it, and its plates start anew.
@@ -294,7 +310,8 @@ def _by_itself(like: Tensor) -> Iterator[None]:
     torch.set_default_dtype(like.dtype)
     device = nullcontext() if like.device.type == "cpu" else like.device
     try:
-        with pyro.poutine.block(), pyro.get_param_store().scope(), pyro.validation_enabled(False), device:
+        apart = pyro.poutine.block(), pyro.get_param_store().scope(), pyro.validation_enabled(False)
+        with apart[0], apart[1], apart[2], Factors(), device:
             yield
     finally:
         torch.set_default_dtype(dtype)

@@ -106,21 +106,19 @@ def _run_key(row: Row) -> RunKey:
 def _placed(rows: Sequence[Row]) -> list[tuple[Row, TableKey]]:
     """Each row with the table that it belongs to.
 
-    Simulated observations belong to the split that their job is measured on. What gave no number, such as a fit that
-    diverged, is told in the tables of all splits: it is missing from each.
+    Simulated observations belong to the splits that their job is measured on: they certify estimates on each. What gave
+    no number, such as a fit that diverged, is told in the tables of all splits: it is missing from each.
     """
     splits: dict[str, set[str]] = {}
     for row in rows:
         if row["metric"]:
             splits.setdefault(row["job_id"], set()).add(row["split"] or "")
-    own = {
-        job_id: "test" if "test" in found else min(found - {SIMULATED}, default="test")
-        for job_id, found in splits.items()
-    }
+    own = {job_id: sorted(found - {SIMULATED}) or ["test"] for job_id, found in splits.items()}
     measured = [
-        (row, _table_key(row, own[row["job_id"]] if row["split"] == SIMULATED else row["split"] or ""))
+        (row, _table_key(row, split))
         for row in rows
         if row["metric"]
+        for split in (own[row["job_id"]] if row["split"] == SIMULATED else [row["split"] or ""])
     ]
     tables: dict[TableKey, dict[TableKey, None]] = {}
     for row, key in measured:

@@ -87,11 +87,12 @@ def _is_at_floor(row: MethodRow, key: Key, values: ValuesOf) -> bool:
 def _closest(rows: Sequence[MethodRow], key: Key, values: ValuesOf) -> str:
     """There is none where kinds differ, nor where the leader has a lost seed or a warning.
 
-    Nor by density ratios or lower bounds: of these the looser one would look closer.
+    Nor by density ratios or lower bounds: of these the looser one would look closer. Nor by k-hat, which is below zero
+    for whatever is wide enough.
     """
     found = [(row, estimate) for row in rows if (estimate := estimate_of(row, key))]
     kinds = {estimate.kind for _, estimate in found}
-    if len(found) < 2 or len(kinds) > 1 or kinds & {DENSITY_RATIO, *LOWER_BOUNDS}:
+    if key[1] in WITHOUT_FLOOR or len(found) < 2 or len(kinds) > 1 or kinds & {DENSITY_RATIO, *LOWER_BOUNDS}:
         return ""
     leader, best = min(found, key=lambda pair: pair[1].value)
     ahead = all(_ahead(leader, best, row, key, values) for row, _ in found if row is not leader)

@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from harness.readings import stem
 from harness.report.cells import DOUBTED, EXCEEDS, WARNED, one_line, seed_list
 from harness.report.tables import Certificate, Checks, MethodRow, Table
-from harness.report.trust import GAP, anneals, differing, gap_error, settings
+from harness.report.trust import GAP, K_HAT, LOG_LIKELIHOOD, anneals, differing, few_weights, gap_error, settings
 from harness.statistics import DENSITY_RATIO, DISAGREEMENT, LOWER_BOUNDS, Agreement, Estimate
 
-K_HAT = "k_hat_above_0.7"
 RESTS_ON_EVIDENCE = ("log_likelihood", "approximation_gap", "kl_to_posterior")
 """Metrics that are as good as their log p(x); the amortisation gap is a difference of two ELBOs."""
 
@@ -77,9 +76,14 @@ def of_warnings(row: MethodRow) -> list[str]:
 
 
 def of_ranking(table: Table) -> list[str]:
-    """Differences to the first row that are beyond the noise and not beyond the gap."""
+    """Differences to the first row that are beyond the noise and not beyond the gap; weights that are no evidence."""
     first, *others = table.rows
-    found: list[str] = []
+    found = [
+        f"{one_line(row.label)}: k-hat of {one_line(table.evaluator)} is above 0.7 for most observations: not ranked; "
+        "`ais` needs no such weights"
+        for row in table.rows
+        if LOG_LIKELIHOOD in row.shown and few_weights(row)
+    ]
     for row in others:
         reach = table.reach(row, first)
         if row.difference and row.difference.beyond_noise and not row.untrusted and not first.untrusted:

@@ -99,11 +99,10 @@ def _issue_notes(table: Table) -> list[str]:
 
 
 def _fixed_notes(table: Table) -> list[str]:
-    if table.decoder_parameters != "0" or len(table.rows) == 1:
+    if not table.fixed or len(table.rows) == 1:
         return []
-    return [
-        "the model has nothing to learn: log p(x) is the same for all methods, which differ in their posteriors alone"
-    ]
+    alone = "log p(x) is the same for all methods, which differ in their posteriors alone"
+    return [f"the model has nothing to learn: {alone}; where its estimates differ, it is by how loose they are"]
 
 
 def excess_note(evaluator: str, row: MethodRow) -> str:

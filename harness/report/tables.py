@@ -198,6 +198,11 @@ class Table:
     closeness: Mapping[tuple[str, str], Closeness] = field(default_factory=dict[tuple[str, str], Closeness])
 
     @property
+    def fixed(self) -> bool:
+        """Whether the model has nothing to learn."""
+        return self.decoder_parameters == "0"
+
+    @property
     def exhaustive(self) -> bool:
         """Whether the test split is the whole population."""
         shown = [row.shown["log_likelihood"] for row in self.rows if "log_likelihood" in row.shown]

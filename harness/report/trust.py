@@ -36,6 +36,10 @@ KERNELS = (
     "chains", "temperatures", "leapfrog", "schedule", "start", "widening", "moment_samples", "target_acceptance",
 )  # fmt: skip
 """Settings that a certificate must have in common with what it certifies."""
+PRECISION = "force_precision"
+"""One more, where both records have it."""
+K_HAT, MOST = "k_hat_above_0.7", 0.5
+"""The setting that holds the share of observations whose weights' k-hat is too large; what is too many of them."""
 WARNING = "warning"
 """The setting that holds the warning of a measurement."""
 
@@ -109,7 +113,8 @@ def differing(estimated: str, certified: str) -> dict[str, tuple[Any, Any]]:
     first, second = settings(estimated), settings(certified)
     if ANNEALS not in first:
         return {ANNEALS: (None, second.get(ANNEALS))}
-    return {name: (first.get(name), second.get(name)) for name in KERNELS if first.get(name) != second.get(name)}
+    names = [*KERNELS, *([PRECISION] if PRECISION in first and PRECISION in second else [])]
+    return {name: (first.get(name), second.get(name)) for name in names if first.get(name) != second.get(name)}
 
 
 def gap_error(gap: Estimate) -> float:
@@ -172,19 +177,26 @@ def warnings(rows: Sequence[Row]) -> dict[tuple[str, str], dict[int, str]]:
 # Ranking
 
 
+def few_weights(row: MethodRow) -> bool:
+    """Whether Pareto k-hat tells not to believe the log-likelihood that is shown, for most of the observations."""
+    shares = [found[K_HAT] for found in map(settings, row.shown[LOG_LIKELIHOOD].settings) if K_HAT in found]
+    return bool(shares) and sum(shares) / len(shares) > MOST
+
+
 def best(table: Table, difference: Callable[[MethodRow, MethodRow], Difference | None]) -> MethodRow | None:
     """The row whose log-likelihood is ahead of every other's beyond the noise and the gaps, if there is one.
 
-    There is none where kinds differ or are density ratios, where a row is untrusted, where a pair shares one seed only,
-    where the seeds of a row were fitted by different sources, and where the leader has a seed that did not end well, as
-    the rest would flatter it, or carries a warning.
+    There is none where the model is fixed, so that log p(x) is one number, where kinds differ or are density ratios,
+    where a row is untrusted or its weights are not to be believed, where a pair shares one seed only, where the seeds
+    of a row were fitted by different sources, and where the leader has a seed that did not end well, as the rest would
+    flatter it, or carries a warning.
     """
     ranked = {row.label: row.shown[LOG_LIKELIHOOD] for row in table.rows if LOG_LIKELIHOOD in row.shown}
     kinds = {estimate.kind for estimate in ranked.values()}
     rows = [row for row in table.rows if row.label in ranked]
     if len(ranked) < 2 or len(kinds) > 1 or DENSITY_RATIO in kinds or any(row.untrusted for row in rows):
         return None
-    if SOURCES in table.mixed:
+    if SOURCES in table.mixed or table.fixed or any(few_weights(row) for row in rows):
         return None
     leader = max(rows, key=lambda row: ranked[row.label].value)
     if ranked[leader.label].seeds != len(leader.statuses) or leader.warnings:

@@ -99,14 +99,17 @@ class Importance(Evaluator):
         """Draw for a block of observations x (B, *E)."""
         mean, sd = posterior_moments(fit.posterior, x, self.moment_samples, moments)
         proposal = DefensiveProposal(fit.model, mean, sd, self.widening, self.prior_weight)
-        bounds, largest = StreamedBounds(), StreamedLargest(tail_length(self.samples) + 1)
+        bounds, largest, undefined = StreamedBounds(), StreamedLargest(tail_length(self.samples) + 1), 0.0
         for n in sample_blocks(x, self.samples):
             z, log_r = proposal.sample_and_log_prob(n, proposals)
             log_w = fit.model.log_joint(x, z) - log_r
+            undefined += float(log_w.isnan().sum())
+            log_w = torch.where(log_w.isnan(), -math.inf, log_w)  # still a lower bound, as if p(x, z) were 0 there
             bounds.add(log_w)
             largest.add(log_w)
             tell(bounds.total.n / self.samples, f"log p(x) {float(bounds.total.value().mean()):.3f}")
-        return _Weighed(bounds.curve(), bounds.total.effective_sample_size(), k_hat(largest.value()))
+        sizes = bounds.total.effective_sample_size()
+        return _Weighed(bounds.curve(), sizes, k_hat(largest.value()), undefined)
 
     def _settings(self, weighed: _Weighed) -> Mapping[str, Any]:
         sizes, curve = weighed.sizes, weighed.curve
@@ -120,16 +123,22 @@ class Importance(Evaluator):
             "ess_mean": float(sizes.mean()),
             "curve": _finite(dict(zip(map(str, curve.k), curve.bound.mean(1).tolist(), strict=True))),
             **_summary(weighed.k_hat),
+            **({"undefined_draws": weighed.undefined} if weighed.undefined else {}),
         }
 
 
 @dataclass(frozen=True, eq=False)
 class _Weighed:
-    """What the weights of N observations say: the bounds, effective sample sizes (N,) and k-hat (N,)."""
+    """What the weights of N observations say: the bounds, effective sample sizes (N,) and k-hat (N,).
+
+    Args:
+        undefined: How many draws have a log p(x, z) that is not a number.
+    """
 
     curve: BoundCurve
     sizes: Tensor
     k_hat: np.ndarray
+    undefined: float
 
 
 def _joined(parts: Sequence[_Weighed]) -> _Weighed:
@@ -142,6 +151,7 @@ def _joined(parts: Sequence[_Weighed]) -> _Weighed:
         ),
         torch.cat([part.sizes for part in parts]),
         np.concatenate([part.k_hat for part in parts]),
+        sum(part.undefined for part in parts),
     )
 
 

@@ -121,6 +121,14 @@ def test_neither_kinds_that_differ_nor_ratios_nor_lower_bounds_are_ranked(avb: s
     assert records.judged().closest == closest
 
 
+def test_the_smallest_k_hat_is_not_the_closest() -> None:
+    """That of a posterior which is much too wide is below zero."""
+    records = Records()
+    for method, k_hat in (("avb", 0.05), ("vae", -1.7)):
+        records.measure(method, "k_hat", k_hat, evaluator="psis", ripple=RIPPLE)
+    assert records.table.closeness["psis", "k_hat"].closest == ""
+
+
 @pytest.mark.parametrize(("lost", "closest"), [("avb", ""), ("vae", "avb")])
 @pytest.mark.parametrize("evaluator", [None, "knn"])
 def test_a_leader_with_a_lost_seed_is_not_closest(lost: str, evaluator: str | None, closest: str) -> None:

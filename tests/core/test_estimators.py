@@ -261,6 +261,21 @@ def test_a_collapsed_posterior_still_has_a_density(stream: torch.Generator) -> N
     assert (float(mean), float(sd)) == (2.0, pytest.approx(1e-4))
 
 
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
+def test_a_narrow_posterior_is_not_taken_for_a_wide_one(
+    dtype: torch.dtype, scale: float, stream: torch.Generator
+) -> None:
+    """Of any unit: what is one in metres is a thousand in millimetres."""
+
+    class Scaled(TwoPoints):
+        def sample(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
+            return scale * super().sample(x, n, generator).to(dtype)
+
+    mean, sd = posterior_moments(Scaled(), torch.tensor([[-5.0], [7.0]], dtype=dtype), 10_000, stream)
+    torch.testing.assert_close(mean / scale, torch.tensor([[-4.0], [8.0]], dtype=dtype), rtol=0, atol=0.04)
+    torch.testing.assert_close(sd / scale, torch.ones(2, 1, dtype=dtype), rtol=0.01, atol=0)
+
+
 def proposal(prior_weight: float) -> DefensiveProposal:
     mean, sd = torch.tensor([[-1.0], [4.0]]).double(), torch.tensor([[0.3], [0.8]]).double()
     return DefensiveProposal(ShiftedPrior(), mean, sd, widening=1.5, prior_weight=prior_weight)

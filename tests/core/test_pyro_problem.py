@@ -218,6 +218,26 @@ def test_programs_are_not_drawn_together_where_that_would_be_wrong() -> None:
     assert not model_of(program).drawn_together
 
 
+def test_a_covariance_that_is_none_makes_a_log_density_that_is_none() -> None:
+    """As where a trajectory has gone too far: it is rejected there, and what else is evaluated with it is not lost."""
+
+    def program() -> None:
+        length = pyro.sample("length", dist.Normal(0.0, 1.0))
+        places = torch.arange(4.0)
+        covariance = torch.exp(-0.5 * ((places[:, None] - places) / length.exp()).square()) - 1e-4 * torch.eye(4)
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(4), covariance_matrix=covariance))
+
+    model = model_of(program, y=np.array([0.1, 0.2, 0.0, -0.3]))
+    x, z = model.x[None], torch.tensor([[-1.0], [3.0], [0.0]], dtype=torch.float64)
+    for vectorised in (True, False):
+        model.vectorised = vectorised
+        log_p = model.log_joint(x, z[:, None])[:, 0]
+        assert log_p.isfinite().tolist() == [True, False, True]
+        latent = z.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model.log_joint(x, latent[:, None])[[0, 2]].sum(), latent)
+        assert gradient[[0, 2]].isfinite().all()
+
+
 def test_a_mixture_has_the_support_of_its_components() -> None:
     of = torch.distributions.Categorical(torch.tensor([0.3, 0.7]))
     means, scales = torch.tensor([-2.0, 3.0]), torch.tensor([0.5, 2.0])  # in single precision, whatever the run is in

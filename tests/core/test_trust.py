@@ -175,6 +175,54 @@ def test_lead_has_to_exceed_the_gap() -> None:
     assert "beyond the noise, but" not in said(annealed(levels, {"avb": 0.05, "vae": 0.05}))
 
 
+def test_of_a_fixed_model_no_log_likelihood_is_ahead() -> None:
+    """There is one only: a lead is that of the tighter bound."""
+    store = annealed({"avb": 0.0, "vae": -0.5}, {})
+    for facts in store.facts:
+        facts["decoder_parameters"] = 0
+    assert best_of(store) == []
+    assert "log p(x) is the same for all methods" in said(store)
+    assert "where its estimates differ, it is by how loose they are" in said(store)
+
+
+@pytest.mark.parametrize(("shares", "ranked"), [((0.4, 0.4), ["avb"]), ((0.4, 0.6), []), ((0.6, 0.4), [])])
+def test_weights_that_are_no_evidence_rank_nothing(shares: tuple[float, float], ranked: list[str]) -> None:
+    store = Records()
+    for seed in range(3):
+        for (method, level), share in zip((("avb", 0.0), ("vae", -0.5)), shares, strict=True):
+            settings = {"samples": 1000, "k_hat_above_0.7": share}
+            values = store.truth(method, seed, level)
+            store.measure(method, seed, "importance", "log_likelihood", values, settings=settings)
+    assert best_of(store) == ranked
+    assert ("k-hat of importance is above 0.7 for most observations: not ranked" in said(store)) == (not ranked)
+
+
+@pytest.mark.parametrize("gap", [0.05, 0.6])
+def test_a_gap_certifies_estimates_on_every_split(gap: float) -> None:
+    store = annealed({"avb": 0.0, "vae": -0.5}, {"avb": gap, "vae": gap})
+    for seed in range(3):
+        for method, level in (("avb", 0.0), ("vae", -0.5)):
+            values, by = store.truth(method, seed, level), "ais[split=validation]"
+            store.measure(method, seed, by, "log_likelihood", values, settings=KERNELS, split="validation")
+    tables = tables_of(store.records(), store.examples())
+    assert {table.key.split for table in tables} == {"test", "validation"}
+    for table in tables:
+        assert [row.label for row in table.rows if row.best] == (["avb"] if gap < 0.5 else [])
+        assert all(row.certificates[table.evaluator].gap.value == pytest.approx(gap) for row in table.rows)
+
+
+@pytest.mark.parametrize(
+    ("forces", "certified"),
+    [(("bfloat16", "float32"), False), (("float32", "float32"), True), ((None, "float32"), True)],
+)
+def test_a_gap_of_other_forces_certifies_nothing(forces: tuple[str | None, str], certified: bool) -> None:
+    store = Records()
+    used = {"force_precision": forces[0]} if forces[0] else {}
+    store.measure("avb", 0, "ais", "log_likelihood", store.truth("avb", 0, 0.0), settings={**KERNELS, **used})
+    store.gap("avb", 0, 0.1, force_precision=forces[1])
+    assert ("ais" in row_of(store, "avb").certificates) == certified
+
+
 @pytest.mark.parametrize("gaps", [{"avb": 0.6, "vae": 0.0}, {"avb": 0.0, "vae": 0.6}])
 def test_larger_of_two_gaps_counts(gaps: dict[str, float]) -> None:
     assert best_of(annealed({"avb": 0.0, "vae": -0.5}, gaps)) == []

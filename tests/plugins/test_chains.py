@@ -125,6 +125,16 @@ def test_r_hat_is_that_of_its_definition(generator: torch.Generator) -> None:
     assert diagnostics({"z": draws})["r_hat"]["z"] == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize(("chains", "draws"), [(2, 4), (4, 1000), (8, 100)])
+def test_chains_that_stand_still_apart_disagree_by_a_finite_number(chains: int, draws: int) -> None:
+    """So that what else is known of them is told too."""
+    moving = np.random.default_rng(0).normal(size=(chains, draws))
+    still = np.repeat(np.arange(chains, dtype=float)[:, None], draws, axis=1)
+    found = diagnostics({"mode": still, "z": moving})
+    assert found["r_hat"]["mode"] == 1000
+    assert found["r_hat"]["z"] < 3
+
+
 def test_other_posteriors_are_skipped_with_the_reason() -> None:
     fit = known_fit(view_of(SmallGaussianProblem()))
     assert Chains().undefined(fit, SmallGaussianProblem()) == "the posterior has no Markov chains"

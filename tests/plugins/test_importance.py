@@ -292,6 +292,25 @@ def test_few_draws_have_bounds_and_no_k_hat(oracle) -> None:
     assert "k_hat" in measure(oracle, oracle.mean_field(), samples=25).traces
 
 
+class Undefined(LinearGaussianModel):
+    """Not a number where the first latent is above 1."""
+
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        return torch.where(z[..., 0] > 1, math.nan, super().log_likelihood(x, z))
+
+
+def test_draws_without_a_density_count_nothing(oracle) -> None:
+    """The bound is looser then, and still one; how many there are is told."""
+    model = Undefined(2, 10)
+    model.decoder, model.likelihood = oracle.model.decoder, oracle.model.likelihood
+    whole = measure(oracle, oracle.mean_field())
+    found = measure(oracle, oracle.mean_field(), model)
+    assert np.isfinite(found.values).all()
+    assert found.values.mean() < whole.values.mean() - 0.01
+    assert "undefined_draws" not in whole.settings
+    assert 0 < found.settings["undefined_draws"] < found.settings["samples"] * len(found.values)
+
+
 class Certain(LinearGaussianModel):
     """p(x|z) does not depend on z: the posterior is the prior, and log p(x) is 0."""
 
