@@ -52,8 +52,10 @@ def diagnostics(found: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
     if not any(np.ptp(values, axis=1).any() for values in moving.values()):
         raise ArithmeticError("no chain has moved from where it was after its warm-up")
     draws = np.stack(list(moving.values()))
-    with np.errstate(divide="ignore"):
+    still = np.ptp(draws, axis=2).max(1) == 0
+    with np.errstate(divide="ignore", invalid="ignore"):
         r_hat = np.minimum(array_stats.rhat(draws, chain_axis=1, draw_axis=2), LARGEST_R_HAT)
+    r_hat = np.where(still, LARGEST_R_HAT, r_hat)
     bulk = array_stats.ess(draws, chain_axis=1, draw_axis=2, method="bulk")
     tail = array_stats.ess(draws, chain_axis=1, draw_axis=2, method="tail", prob=TAILS)
     columns = {"r_hat": r_hat, "ess_bulk": bulk, "ess_tail": tail}
