@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from harness import model as model_module
 from harness import nn as nn_module
 from harness.model import DecoderModel, LatentModel, LikelihoodName, likelihood_named
 from harness.nn import MLP, Activation, EncoderTrunk, InnerProductPairTrunk, ResidualPairTrunk, Trunk
-from harness.options import Configurable
+from harness.options import Configurable, UserError, unknown
 from harness.seeding import Streams, generator
 
 _SHARED_SOURCES: tuple[ModuleType, ...] = (model_module, nn_module)
@@ -322,8 +322,98 @@ class Problem(Configurable, ABC):
 
 @lru_cache(maxsize=4)
 def loaded(problem: Problem) -> DatasetSpec:
-    """The data of a problem, read once per process."""
-    return problem.dataset()
+    """The data of a problem, read and checked once per process.
+
+    Raises:
+        DataError: If they are not there, damaged or not what is said of them.
+    """
+    spec = problem.dataset()
+    check_data(spec)
+    return spec
+
+
+def check_data(spec: DatasetSpec) -> None:
+    """What is said of data is true. It costs a look at their smallest and largest values.
+
+    Raises:
+        DataError: If it is not.
+    """
+    if not isinstance(spec, DatasetSpec):
+        raise DataError(f"expected a harness.problem.DatasetSpec as data, got {type(spec).__name__}")
+    if spec.binarisation not in get_args(Binarisation):
+        raise DataError(f"{spec.name}: {unknown('binarisation', str(spec.binarisation), get_args(Binarisation))}")
+    if spec.levels is not None and spec.levels < 1:
+        raise DataError(f"{spec.name}: levels={spec.levels}; expected the intensity that stands for probability 1")
+    arrays = {name: _array(f"{spec.name}: {name}", getattr(spec, name)) for name in get_args(SplitName)}
+    for name, array in arrays.items():
+        if array.shape[1:] != spec.event_shape:
+            raise DataError(f"{spec.name}: {name} has observations of shape {array.shape[1:]}, train of "
+                            f"{spec.event_shape}; they must be the same")  # fmt: skip
+    for name, array in arrays.items():
+        _check_values(f"{spec.name}: {name}", array, spec)
+    labels: Any = spec.test_labels
+    if labels is not None and np.shape(labels) != (len(spec.test),):
+        raise DataError(f"{spec.name}: test_labels has shape {np.shape(labels)}; expected ({len(spec.test)},), one for "
+                        "each observation of test")  # fmt: skip
+
+
+def _array(what: str, array: Any) -> np.ndarray:
+    if not isinstance(array, np.ndarray):
+        raise DataError(f"{what} is a {type(array).__name__}; expected a numpy array (numpy.asarray makes one)")
+    if array.ndim == 0 or array.size == 0:
+        raise DataError(f"{what} has shape {array.shape}; expected (observations, ...) with at least one of each")
+    if array.dtype.kind not in "buif" or not array.dtype.isnative or array.dtype.itemsize > 8:
+        raise DataError(f"{what} has dtype {array.dtype.str}; expected whole numbers or floats of at most 64 bits in "
+                        "the machine's byte order")  # fmt: skip
+    return array
+
+
+def _check_values(what: str, array: np.ndarray, spec: DatasetSpec) -> None:
+    low, high = array.min(), array.max()  # not a number if any is not, so that all need not be looked at again
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise DataError(f"{what} has values that are not finite; remove or replace them")
+    if spec.binarisation == "none":
+        return
+    top = spec.levels or 1
+    if low < 0 or high > top:
+        after = f" after division by levels={spec.levels}" if spec.levels else ""
+        raise DataError(f"{what} has values from {low!s} to {high!s}, but binarisation={spec.binarisation!r} needs "
+                        f"probabilities in [0, 1]{after}; rescale them, state levels or choose 'none'")  # fmt: skip
+    if spec.binarisation == "static" and not _is_binary(array, top):
+        raise DataError(f"{what} has values besides 0 and {top}, but binarisation='static' says that it is binary; "
+                        "choose 'dynamic' for probabilities")  # fmt: skip
+
+
+def _is_binary(array: np.ndarray, top: int) -> bool:
+    """Whether values between 0 and ``top`` are one of these."""
+    return (array.dtype.kind in "bui" and top == 1) or bool(((array == 0) | (array == top)).all())
+
+
+def check_suited(problem: Problem) -> None:
+    """The networks and the likelihood of a problem suit its data.
+
+    Raises:
+        UserError, DataError: If they do not, or if there are no such data.
+    """
+    data, networks = loaded(problem), problem.model_spec()
+    if not isinstance(networks, ModelSpec):
+        raise UserError(f"{problem.label}: model_spec must return a harness.problem.ModelSpec, got {networks!r}")
+    reason = networks.unfit(data.event_shape)
+    if reason is not None:
+        raise UserError(f"{problem.label}: {reason}")
+    if getattr(networks, "likelihood", None) == "bernoulli":
+        _check_probabilities(data)
+
+
+def _check_probabilities(data: DatasetSpec) -> None:
+    top = data.levels or 1
+    for name in get_args(SplitName):
+        low, high = getattr(data, name).min(), getattr(data, name).max()
+        if low < 0 or high > top:
+            raise DataError(
+                f"{data.name}: {name} has values from {low!s} to {high!s}, but a Bernoulli likelihood needs values in "
+                "[0, 1]; rescale them, state their levels or choose a Gaussian likelihood"
+            )
 
 
 @lru_cache(maxsize=4)

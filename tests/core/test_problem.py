@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from harness.problem import (
+    DataError,
     DatasetSpec,
     DeviceData,
     MLPSpec,
@@ -22,7 +23,8 @@ from harness.problem import (
     Problem,
     Split,
     binarised_,
-    class_sources,
+    check_data,
+    check_suited,
     loaded,
     placed,
     random_bits,
@@ -183,6 +185,94 @@ def test_the_content_hash_sees_nothing_else() -> None:
     shuffled = np.asfortranarray(original.train)
     same = dataclasses.replace(original, name="other", train=shuffled, test_labels=np.arange(40))
     assert same.content_hash == original.content_hash == spec().content_hash
+
+
+ONES = np.ones((3, 2))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"binarisation": "binary"}, "toy: unknown binarisation 'binary'; known: dynamic, none, static"),
+        ({"levels": 0}, "toy: levels=0; expected the intensity that stands for probability 1"),
+        (
+            {"levels": None},
+            r"train has values from 0 to 16, but binarisation='dynamic' needs probabilities in \[0, 1\];",
+        ),
+        ({"levels": 15}, r"probabilities in \[0, 1\] after division by levels=15; rescale them"),
+        ({"train": -intensities(50).astype(float)}, "train has values from -16.0 to -0.0"),
+        ({"binarisation": "static"}, "train has values besides 0 and 16, but binarisation='static'"),
+        ({"binarisation": "static", "levels": None, "train": ONES / 2}, "validation has observations of shape"),
+        ({"validation": [[1, 0]]}, "validation is a list; expected a numpy array"),
+        ({"test": intensities(0)}, r"test has shape \(0, 2, 3\); expected \(observations, ...\) with at least one"),
+        ({"test": intensities(9)[:, :1]}, r"test has observations of shape \(1, 3\), train of \(2, 3\)"),
+        ({"train": np.array(["a"])}, "train has dtype <U1; expected whole numbers or floats"),
+        ({"train": intensities(5).astype(">f4")}, "train has dtype >f4; .* in the machine's byte order"),
+        ({"test_labels": np.arange(3)}, r"test_labels has shape \(3,\); expected \(40,\)"),
+        *(
+            (
+                {"binarisation": "none", "test": np.where(intensities(40) == 3, value, 0.0)},
+                "test has values that are not",
+            )
+            for value in (np.nan, np.inf, -np.inf)
+        ),
+    ],
+)
+def test_what_is_said_of_data_is_true(changed: dict[str, Any], message: str) -> None:
+    check_data(spec())
+    with pytest.raises(DataError, match=message) as caught:
+        check_data(replaced(changed))
+    assert "\n" not in str(caught.value)
+
+
+def replaced(changed: dict[str, Any]) -> DatasetSpec:
+    return dataclasses.replace(spec(), **changed)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"binarisation": "none"},
+        {"binarisation": "none", "levels": None, "train": -9.5 * intensities(50)},
+        {"levels": None, "train": ONES / 3, "validation": ONES, "test": 0 * ONES},
+        {"levels": 16, "binarisation": "static", "train": 16 * ONES, "validation": ONES * 0, "test": ONES * 16},
+        *(
+            {"levels": None, "binarisation": "static"}
+            | dict.fromkeys(["train", "validation", "test"], ONES.astype(dtype))
+            for dtype in ("?", "uint8", "int64", "float16", "float64")
+        ),
+    ],
+)
+def test_what_is_right_is_let_through_and_keeps_its_hash(changed: dict[str, Any]) -> None:
+    before = replaced(changed).content_hash
+    data = replaced(changed)
+    check_data(data)
+    assert data.content_hash == before
+
+
+@dataclass(frozen=True, kw_only=True)
+class Doubtful(Toy):
+    """Numbers that are no probabilities, taken as they are."""
+
+    likelihood: Any = "bernoulli"
+    binarisation: Any = "none"
+    levels: int | None = None
+
+    def dataset(self) -> DatasetSpec:
+        return spec(binarisation=self.binarisation, levels=self.levels)
+
+    def model_spec(self) -> ModelSpec:
+        return MLPSpec(latent_dim=2, likelihood=self.likelihood)
+
+
+def test_data_are_checked_where_they_are_read_and_suit_the_likelihood() -> None:
+    check_suited(Doubtful(likelihood="gaussian"))
+    check_suited(Doubtful(levels=16))
+    loaded(Doubtful())
+    with pytest.raises(DataError, match="train has values from 0 to 16, but a Bernoulli likelihood needs values in"):
+        check_suited(Doubtful())
+    with pytest.raises(DataError, match="needs probabilities in"):
+        loaded(Doubtful(binarisation="dynamic"))
 
 
 def test_decoder_weights_do_not_depend_on_the_method_or_on_what_was_drawn_before() -> None:
