@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 from harness.hookspecs import hookimpl
 
 if TYPE_CHECKING:
-    from harness.comparison import compare, data, fit, load
+    from harness.comparison import compare, data, evaluate, fit, load
     from harness.reproduction import reproduce
 
-__all__ = ["compare", "data", "fit", "hookimpl", "load", "reproduce"]
+__all__ = ["compare", "data", "evaluate", "fit", "hookimpl", "load", "reproduce"]
 
 _LAZY = {
     "compare": "harness.comparison",
     "data": "harness.comparison",
+    "evaluate": "harness.comparison",
     "fit": "harness.comparison",
     "load": "harness.comparison",
     "reproduce": "harness.reproduction",

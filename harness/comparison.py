@@ -32,11 +32,12 @@ from harness.problem import DeviceData, Problem, placed
 from harness.registry import Registry
 from harness.running import fit_in_memory, restored
 from harness.stopping import Stop
-from harness.store import Store
+from harness.store import Facts, Store
 from harness.working import NO_FIT, WorkElsewhere, threads_each
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -211,13 +212,25 @@ def evaluate(
     chosen: list[Evaluator] = select(registry, "evaluators", evaluators)
     place = find_device(device)
     facts = [store.job(job_id) for job_id in store.job_ids()]
-    jobs = [job for found in facts if found and found["status"] == "ok" and (job := stored_job(registry, found, place))]
+    jobs = _usable(registry, [found for found in facts if found and found["status"] == "ok"], place)
     comparison = Comparison(registry, jobs, chosen, place, parse_statuses(retry), trains=False)
     kept = [job for job in jobs if comparison.planned(job, store).status == "ok"]
     for job in jobs:
         if job not in kept:
             log.warning("job %s (%s on %s) is left out: %s", job.job_id, job.method.label, job.problem.label, NO_FIT)
     return execute(dataclasses.replace(comparison, jobs=kept), store, progress or Progress(), stop)
+
+
+def _usable(registry: Registry, facts: Iterable[Facts], device: torch.device) -> list[Job]:
+    """The stored jobs that would be the same today; why others would not is told in the log."""
+    jobs: list[Job] = []
+    for found in facts:
+        try:
+            jobs.append(stored_job(registry, found, device))
+        except UserError as error:
+            named = (found["job_id"], found["method"], found["problem"])
+            log.warning("job %s (%s on %s) is left out: %s", *named, error)
+    return jobs
 
 
 def fit(
@@ -246,25 +259,32 @@ def load(out: str | Path, job_id: str, *, device: str = "auto", plugins: Iterabl
     """A stored fit, with a posterior that can be sampled.
 
     Raises:
-        UserError: If the folder has no such fit, or what defines it has changed since.
+        UserError: If the folder has no such fit, or what defines it is not there or has changed since.
     """
     store, registry = Store.open(out), Registry.discover(plugins)
     facts = store.job(job_id)
     if facts is None:
         raise UserError(unknown("job", job_id, store.job_ids()))
-    job = stored_job(registry, facts, find_device(device))
-    if job is None:
-        raise UserError(f"job {job_id!r}: its method, problem or data have changed since it was fitted; fit it anew")
+    try:
+        job = stored_job(registry, facts, find_device(device))
+    except UserError as error:
+        raise UserError(f"job {job_id!r}: {error}") from None
     return restored(job, store)
 
 
-def data(problem: str | Problem, *, device: str = "auto", precision: str = "float32") -> DeviceData:
+def data(
+    problem: str | Problem,
+    *,
+    device: str = "auto",
+    precision: str = "float32",
+    plugins: Iterable[str | Path] = (),
+) -> DeviceData:
     """The data of a problem as methods and evaluators see them.
 
     Raises:
         UserError: For any mistake in the arguments.
     """
-    chosen: Problem = _one(select(Registry.discover(), "problems", problem), "data")
+    chosen: Problem = _one(select(Registry.discover(plugins), "problems", problem), "data")
     return placed(chosen, find_device(device), dtype_of(parse_precision(precision)))
 
 

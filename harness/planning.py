@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import json
 import logging
+import sys
+import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +18,12 @@ import torch
 from harness.checkpoint import Reached, reached
 from harness.evaluator import Evaluator
 from harness.job import VECTORISED, Job, evaluator_file, is_measured
+from harness.loading import reason_of
 from harness.method import Budget, Method
 from harness.options import UserError, one_of, parse_seeds, several
 from harness.precision import parse_precision
-from harness.problem import DataError, Problem, loaded
-from harness.record import STATUSES
+from harness.problem import DataError, Problem, check_suited
+from harness.record import FROM_FILE, STATUSES
 from harness.registry import KINDS, Registry
 from harness.stepping import parse_step
 from harness.store import Facts, Store
@@ -183,10 +186,27 @@ def _one_by_one(job: Job) -> str | None:
 
 
 def _check(problem: Problem) -> None:
-    """Data that are missing or damaged, or that the networks do not suit, are told of before anything is run."""
-    reason = problem.model_spec().unfit(loaded(problem).event_shape)
-    if reason is not None:
-        raise UserError(f"{problem.label}: {reason}")
+    """Data that are missing, wrong or not suited, and mistakes in a problem's program, are told before anything runs.
+
+    Raises:
+        UserError, DataError: If there is one.
+    """
+    try:
+        check_suited(problem)
+        Budget.parse(problem.default_budget)
+        _ = problem.spec_hash
+    except (UserError, DataError):
+        raise
+    except Exception as error:  # whatever a problem's author has done wrong
+        raise UserError(f"problem {problem.label!r}: {reason_of(error)}{_place(error, type(problem))}") from error
+
+
+def _place(error: Exception, cls: type) -> str:
+    """Where in the files that define a class, as far as these are not the harness's own, an error has come up."""
+    own = [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in ("harness", "builtins")]
+    files = {getattr(sys.modules.get(base.__module__), "__file__", None) for base in own}
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    return f" ({Path(lines[-1].filename).name}, line {lines[-1].lineno})" if lines else ""
 
 
 def select(registry: Registry, kind: str, selection: Selection) -> list[Any]:
@@ -249,16 +269,29 @@ def rebuilt(registry: Registry, facts: Facts, device: torch.device) -> Job:
     )
 
 
-def stored_job(registry: Registry, facts: Facts, device: torch.device) -> Job | None:
-    """The job that a store's facts speak of, or None if it would be another job today."""
+def stored_job(registry: Registry, facts: Facts, device: torch.device) -> Job:
+    """The job that a store's facts speak of.
+
+    Raises:
+        UserError: If there is none today, or if it would be another one; it says why.
+    """
     try:
         job = rebuilt(registry, facts, device)
-        same = job.job_id == facts["job_id"]
+        if job.job_id == facts["job_id"]:
+            return job
+        reason = "its method, problem or data have changed since it was fitted; fit it anew"
     except UNUSABLE as error:
-        log.warning("job %s is left out: %s", facts["job_id"], error)
-        return None
-    if not same:
-        log.warning("job %s (%s on %s) is left out: its sources or data have changed since it was fitted",
-                    facts["job_id"], facts["method"], facts["problem"])  # fmt: skip
-        return None
-    return job
+        reason = str(error)
+    missing = _missing_files(registry, facts)
+    if missing:
+        reason = f"it comes from file {' and '.join(missing)}: give --plugin, or plugins= in Python"
+    raise UserError(reason)
+
+
+def _missing_files(registry: Registry, facts: Facts) -> list[str]:
+    """The plugin files that a stored job was made with and that are not loaded."""
+    loaded = {plugin.distribution for plugin in registry.plugins}
+    noted = {f"{FROM_FILE}{name}" for name in facts.get("sources") or {} if name.endswith(".py")}  # of problems too
+    if str(facts.get("plugin")).startswith(FROM_FILE):
+        noted.add(facts["plugin"])
+    return [name.removeprefix(FROM_FILE) for name in sorted(noted - loaded)]

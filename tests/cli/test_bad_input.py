@@ -155,6 +155,35 @@ MISTAKES = [
     (["compare", "--suite", "binary.toml"], "suite 'binary.toml' is not valid TOML"),
 ]
 
+PROBLEM = """
+from dataclasses import dataclass
+import numpy as np
+from harness import hookimpl
+from harness.problem import DatasetSpec, MLPSpec, Problem
+
+@dataclass(frozen=True, kw_only=True)
+class Faulty(Problem):
+    name: str = "faulty"
+    fault: str = ""
+    @property
+    def default_budget(self):
+        return 500 if self.fault == "budget" else "steps=5"
+    def dataset(self):
+        x = np.linspace(0, 1, 12).reshape(4, 3)
+        if self.fault == "data":
+            return x
+        if self.fault == "bug":
+            return x.no_such_attribute
+        x = {"list": x.tolist(), "nan": x * np.nan, "real": 9 * x}.get(self.fault, x)
+        return DatasetSpec("numbers", x, x, x, binarisation="dynamic" if self.fault == "list" else "none")
+    def model_spec(self):
+        return None if self.fault == "networks" else MLPSpec(latent_dim=2, width=int("x" if self.fault == "x" else 3))
+
+@hookimpl
+def harness_problems():
+    return [Faulty()]
+"""
+
 CLAIMS = """
 from dataclasses import dataclass
 from harness import hookimpl
@@ -180,6 +209,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("exits.py").write_text("raise SystemExit(0)")
     Path("empty.py").write_text("")
     Path("claims.py").write_text(CLAIMS)
+    Path("problem.py").write_text(PROBLEM)
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -198,6 +228,26 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(words) for words, _ in MISTAKES])
 def test_a_mistake_is_one_clear_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert message in refused(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("bug", "problem 'faulty[fault=bug]': AttributeError: 'numpy.ndarray' object has no attribute 'no_such_att"),
+        ("bug", " (problem.py, line 19)"),
+        ("x", "'faulty[fault=x]': ValueError: invalid literal for int() with base 10: 'x' (problem.py, line 23)"),
+        ("budget", "budget 500: expected steps=N"),
+        ("networks", "faulty[fault=networks]: model_spec must return a harness.problem.ModelSpec, got None"),
+        ("data", "expected a harness.problem.DatasetSpec as data, got ndarray"),
+        ("list", "numbers: train is a list; expected a numpy array"),
+        ("nan", "numbers: train has values that are not finite; remove or replace them"),
+        ("real", "numbers: train has values from 0.0 to 9.0, but a Bernoulli likelihood needs values in [0, 1]"),
+    ],
+)
+def test_a_mistake_in_a_problem_is_one_clear_line(fault: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where another problem of the same command is right."""
+    words = ["--methods", "vae", "--plugin", "problem.py", "--problems", f"faulty,faulty[fault={fault}]"]
+    assert message in refused(["compare", *words], capsys)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

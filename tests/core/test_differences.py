@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable
@@ -122,6 +123,52 @@ def test_what_cannot_be_computed_any_more_says_why(store: Store, run: Run) -> No
     code, out, _ = run("why", "store", facts_of(store, "mine")["job_id"])
     assert code == 0
     assert "it cannot be computed now: unknown method 'mine'" in out
+
+
+GIVE = "it comes from file mine.py: give --plugin, or plugins= in Python"
+
+
+def test_a_fit_whose_plugin_file_is_not_loaded_says_so(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    job_id = facts_of(store, "mine")["job_id"]
+    assert harness.load("store", job_id, plugins=["mine.py"]).state
+    with pytest.raises(UserError, match=f"^job '{job_id}': {GIVE}$"):
+        harness.load("store", job_id)
+    with caplog.at_level(logging.WARNING):
+        records = harness.evaluate("store", "elbo[samples=2]")
+    assert f"job {job_id} (mine on four-points) is left out: {GIVE}" in caplog.text
+    assert "mine" not in set(records["method"])
+    assert "mine" in set(harness.evaluate("store", "elbo[samples=2]", plugins=["mine.py"])["method"])
+
+
+def test_a_fit_whose_problem_is_from_a_file_that_is_not_loaded_says_so(store: Store) -> None:
+    """Also where an installed method was fitted."""
+    source = MINE.replace("vae import VAE", "four_points import FourPoints").replace("VAE", "FourPoints")
+    Path("own.py").write_text(source.replace("methods", "problems"))
+    harness.compare("vae", "mine", 1, budget="steps=5", evaluators="exact", out="own", plugins=["own.py"])
+    [job_id] = Store("own").job_ids()
+    assert harness.load("own", job_id, plugins=["own.py"]).state
+    with pytest.raises(UserError, match=r"it comes from file own\.py: give --plugin"):
+        harness.load("own", job_id)
+    assert len(harness.data("mine", plugins=["own.py"]).test) == 4
+    with pytest.raises(UserError, match="unknown problem 'mine'"):
+        harness.data("mine")
+
+
+def test_a_fit_that_would_be_another_one_today_says_so(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    """And one that cannot be made any more says why, in the words of what hinders it."""
+    job_id = facts_of(store, "mine")["job_id"]
+    with Path("mine.py").open("a") as file:
+        file.write("# an edit\n")
+    changed = "its method, problem or data have changed since it was fitted; fit it anew"
+    with pytest.raises(UserError, match=f"^job '{job_id}': {changed}$"):
+        harness.load("store", job_id, plugins=["mine.py"])
+    with caplog.at_level(logging.WARNING):
+        harness.evaluate("store", "elbo[samples=2]", plugins=["mine.py"])
+    assert f"job {job_id} (mine on four-points) is left out: {changed}" in caplog.text
+    other = facts_of(store, "vae")
+    store.write_job(other["job_id"], {**other, "problem_config": {"latent_dim": -1}})
+    with pytest.raises(UserError, match=f"job '{other['job_id']}': four-points: option latent_dim=-1: input should be"):
+        harness.load("store", other["job_id"])
 
 
 def test_a_job_of_an_earlier_version_kept_no_note_of_sources(store: Store, run: Run) -> None:
