@@ -43,7 +43,13 @@ class LogDensityModel(StandardNormalPrior):
         """log f(z): (..., D) -> (...), nats; it need not be normalised."""
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        ratio = self.log_target(z) - self.log_prior(z)
+        density = self.log_target(z)
+        if density.shape != z.shape[:-1]:
+            raise ValueError(
+                f"{type(self).__name__}.log_target must return one number for each z: expected the shape "
+                f"{tuple(z.shape[:-1])} for z of shape {tuple(z.shape)}, got {tuple(density.shape)}"
+            )
+        ratio = density - self.log_prior(z)
         return ratio.expand(*ratio.shape[:-1], len(x))
 
 

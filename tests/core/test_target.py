@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Normal
+from torch.func import vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import elu
 
 from harness.model import HasEvidence, LatentModel, StandardNormalPrior, has_standard_normal_prior
@@ -109,6 +111,39 @@ def test_a_log_density_is_a_model_with_a_reference_prior() -> None:
     for dtype in (torch.float32, torch.float64):
         assert model.to(dtype).sample_prior(3, torch.Generator()).dtype == dtype
     assert dict(model.state_dict()) == {}
+
+
+class Misshapen(LogDensityModel):
+    """Something else than one number for each z."""
+
+    def __init__(self, latent_dim: int, how: str) -> None:
+        super().__init__(latent_dim)
+        self.how = how
+
+    def log_target(self, z: Tensor) -> Tensor:
+        each = -0.5 * z.square()
+        return {"kept": each.sum(-1, keepdim=True), "each": each, "all": each.sum(), "rows": each.sum(-1)}[self.how]
+
+
+@pytest.mark.parametrize(("how", "got"), [("kept", "(5, 4, 1)"), ("each", "(5, 4, 2)"), ("all", "()")])
+def test_a_density_that_is_not_one_number_for_each_z_is_refused(how: str, got: str) -> None:
+    x, z = torch.ones(4, 1), torch.zeros(5, 4, 2)
+    told = "Misshapen.log_target must return one number for each z: expected the shape (5, 4) for z of shape (5, 4, 2)"
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{told}, got {got}')}$"):
+        Misshapen(2, how).log_joint(x, z)
+
+
+def test_the_shape_of_a_density_is_looked_at_where_it_is_mapped_and_recorded_too() -> None:
+    x, z = torch.ones(1, 1), torch.linspace(-1, 1, 30).view(5, 3, 1, 2)
+    good, bad = (Misshapen(2, how) for how in ("rows", "kept"))
+    expected = good.log_likelihood(x, z)
+    torch.testing.assert_close(vmap(lambda z: good.log_likelihood(x, z))(z), expected)
+    recorded = make_fx(lambda z: good.log_likelihood(x, z))(z)
+    torch.testing.assert_close(recorded(z + 1), good.log_likelihood(x, z + 1))
+    with pytest.raises(ValueError, match=r"expected the shape \(3, 1\) for z of shape \(3, 1, 2\), got \(3, 1, 1\)"):
+        vmap(lambda z: bad.log_likelihood(x, z))(z)
+    with pytest.raises(ValueError, match=r"expected the shape \(5, 3, 1\)"):
+        make_fx(lambda z: bad.log_likelihood(x, z))(z)
 
 
 def test_a_target_and_a_name_make_a_problem() -> None:
