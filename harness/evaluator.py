@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ class Measurement:
 
     Args:
         metric: `log_likelihood`, `elbo`, `adversarial_elbo`, `reconstruction`, `kl_to_prior` ...
-        values: Per observation, shape (N,), float64.
+        values: Per observation, shape (N,), float64; at least one.
         stderrs: The estimator's standard error per observation, shape (N,); zeros where the value is exact.
         kind: What the number is, as a statement about its own metric.
         indices: Indices of the observations in their split, shape (N,).
@@ -49,6 +49,7 @@ class Measurement:
         warning: Why the fit, or all that is measured of it, is not to be believed; empty if it is. Reports mark it.
 
     Raises:
+        ValueError: If the kind is unknown, or the arrays are not of one shape (N,), N > 0: no table could hold them.
         ArithmeticError: If a value or an error is not finite: that is a failure, never a value.
     """
 
@@ -66,6 +67,14 @@ class Measurement:
     warning: str = ""
 
     def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"{self.metric}: unknown kind {self.kind!r}; expected one of {', '.join(get_args(Kind))}")
+        shapes = [np.shape(array) for array in (self.values, self.stderrs, self.indices)]
+        if len({*shapes}) > 1 or len(shapes[0]) != 1 or shapes[0] == (0,):
+            raise ValueError(
+                f"{self.metric}: values, stderrs and indices must be of one shape (N,) with at least one observation; "
+                f"got {', '.join(map(str, shapes))}"
+            )
         bad = int((~np.isfinite(self.values + self.stderrs)).sum())
         if bad:
             raise ArithmeticError(f"{self.metric} is not finite for {bad} of {len(self.values)} observations")
@@ -127,7 +136,7 @@ class EvaluationRun:
     ) -> Measurement:
         """A measurement from tensors, on whatever device."""
         of_test = extra.get("split", "test") == "test"
-        whole = of_test and self.data.spec.exhaustive and len(values) == self.data.test.shape[0]
+        whole = of_test and self.data.spec.exhaustive and values.shape == self.data.test.shape[:1]
         return Measurement(
             metric,
             values.detach().double().cpu().numpy(),

@@ -10,11 +10,12 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from harness import loop, training
 from harness.checkpoint import StoredCheckpoint
@@ -203,15 +204,60 @@ def measure_job(
     """
     stop = stop or Stop()
     outcome = JobOutcome("ok")
-    the_fit = cache(lambda: fit or restored(job, store))
+    original = _Original(job, store, fit)
     run = EvaluationRun(job.data(), job.problem, job.device, job.dtype, job.seed, on_measured)
     for number, by in enumerate(evaluators):
         if number or fit is not None:  # a run gets something done, however short its time
             stop.obey()
         on_measuring(by)
-        measured = _measure_and_store(job, by, the_fit, run, store)
+        measured = _measure_and_store(job, by, original, run, store)
         outcome = measured if measured.status == "failed" else outcome
     return outcome
+
+
+class _Original:
+    """The fit of a job that is measured, the same one for all evaluators.
+
+    Args:
+        given: If it has just been made; else, and once an evaluator has changed it, it is the stored one.
+    """
+
+    def __init__(self, job: Job, store: Store, given: Fit | None) -> None:
+        self.job, self.store, self.given = job, store, given
+
+    @cached_property
+    def fit(self) -> Fit:
+        return self.given or restored(self.job, self.store)
+
+    @cached_property
+    def sha256(self) -> str:
+        return checksum(_arrays_of(self.fit))
+
+    @cached_property
+    def copies(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The tensors of the fit by name, each with a copy of it: to compare these is cheaper than another checksum."""
+        return {name: (tensor, tensor.detach().clone()) for name, tensor in _tensors_of(self.fit).items()}
+
+    def changed(self, copies: Mapping[str, tuple[Tensor, Tensor]]) -> list[str]:
+        """Names of the tensors that are not what they were; if there are any, the next one to ask gets a fit anew."""
+        names = [name for name, (tensor, before) in copies.items() if not _same_bits(tensor.detach(), before)]
+        if names:
+            self.given = None
+            del self.fit, self.sha256, self.copies
+        return names
+
+
+def _tensors_of(fit: Fit) -> dict[str, Tensor]:
+    """The state of a fit, and what its model has besides, as it has where it is known and fixed."""
+    own = {f"model.{name}": tensor for name, tensor in (*fit.model.named_parameters(), *fit.model.named_buffers())}
+    there = {tensor.data_ptr() for tensor in own.values()}
+    return own | {name: tensor for name, tensor in fit.state.items() if tensor.data_ptr() not in there}
+
+
+def _same_bits(tensor: Tensor, other: Tensor) -> bool:
+    if tensor.shape != other.shape or tensor.dtype != other.dtype:
+        return False
+    return torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (tensor, other)))
 
 
 def _arrays_of(fit: Fit) -> dict[str, np.ndarray]:
@@ -234,15 +280,15 @@ def _spent(fit: Fit, clock: Clock) -> Facts:
     }
 
 
-def _measure_and_store(job: Job, by: Evaluator, fit: Callable[[], Fit], run: EvaluationRun, store: Store) -> JobOutcome:
+def _measure_and_store(job: Job, by: Evaluator, original: _Original, run: EvaluationRun, store: Store) -> JobOutcome:
     """Measure and store; an evaluator that is undefined here or fails gives one row that says why."""
     clock, name = Clock(job.device), evaluator_file(by)
     rows: list[Facts] = []
     examples: dict[str, np.ndarray] = {}
     outcome, of_fit = JobOutcome("ok"), None
     try:
-        of_fit = checksum(_arrays_of(fit()))
-        measurements = _measure(job, by, fit(), run, clock)
+        of_fit = original.sha256
+        measurements = _measured(job, by, original, run, clock)
         rows = [_columns(measurement) for measurement in measurements]
         examples = {key: array for measurement in measurements for key, array in _arrays(measurement)}
     except Skipped as error:
@@ -292,13 +338,53 @@ def store_end(job: Job, outcome: JobOutcome, store: Store, environment: Mapping[
     store.write_job(job.job_id, {**job.facts(), **facts})
 
 
-def _measure(job: Job, by: Evaluator, fit: Fit, run: EvaluationRun, clock: Clock) -> list[Measurement]:
+def _measured(job: Job, by: Evaluator, original: _Original, run: EvaluationRun, clock: Clock) -> list[Measurement]:
+    """What an evaluator says of a fit.
+
+    Raises:
+        Skipped: If it is undefined there.
+        RuntimeError: If it has changed the fit, which is as it was for the next one; and so is what they share.
+        TypeError, ValueError: If what it has returned are no measurements, or cannot be kept side by side.
+    """
+    fit, copies = original.fit, original.copies
+    try:
+        found = _measure(job, by, fit, run, clock)
+    finally:
+        changed = original.changed(copies)
+        if changed:
+            run.found.clear()
+    if changed:
+        some = ", ".join(changed[:3]) + ", ..." * (len(changed) > 3)
+        raise RuntimeError(
+            f"{by.name} changes the fit ({some}), which other evaluators measure too; let it change a copy.deepcopy"
+        )
+    return _whole(by, found)
+
+
+def _measure(job: Job, by: Evaluator, fit: Fit, run: EvaluationRun, clock: Clock) -> object:
     reason = by.undefined(fit, job.problem)
     if reason:
         raise Skipped(reason)
     keep_freed()
     with isolated(derive("measure", job.job_id, by.label)), torch.no_grad(), clock.phase("measure"):
         return by.measure(fit, job.problem, run)
+
+
+def _whole(by: Evaluator, found: object) -> list[Measurement]:
+    """What an evaluator has returned, if it is one measurement or several, each of another metric.
+
+    Of one metric twice, even of two splits, the values per observation could not be told apart where they are kept.
+    """
+    several = isinstance(found, list | tuple)
+    said = cast(Sequence[object], found) if several else ()
+    measurements = [each for each in said if isinstance(each, Measurement)]
+    if not measurements or len(measurements) < len(said):
+        got = f"[{', '.join(type(each).__name__ for each in said)}]" if several else type(found).__name__
+        raise TypeError(f"{by.name}: measure must return a list of measurements, at least one; got {got}")
+    metrics = [measurement.metric for measurement in measurements]
+    if twice := sorted({metric for metric in metrics if metrics.count(metric) > 1}):
+        raise ValueError(f"{by.name}: measure returned {', '.join(twice)} twice; give each a metric of its own")
+    return measurements
 
 
 def _arrays(measurement: Measurement) -> list[tuple[str, np.ndarray]]:

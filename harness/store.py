@@ -19,7 +19,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +28,7 @@ import numpy as np
 
 from harness import record
 from harness.artifacts import Artifacts
-from harness.files import QUARANTINE, Facts, facts_with, parquet
+from harness.files import QUARANTINE, Facts, arrays_of, facts_with, parquet
 from harness.options import UserError
 from harness.record import COLUMNS, SCHEMA, row
 
@@ -164,10 +164,16 @@ class Store(Artifacts):
 
     def _example_columns(self, job_id: str, name: str, facts: Facts) -> Iterator[tuple[Facts, dict[str, np.ndarray]]]:
         rows = [found for found in facts["rows"] if found["status"] == "ok"]
-        names = [f"{found['metric']}/{column}" for found in rows for column in _VALUES]
-        arrays = (self._arrays(job_id, name, lambda _: names) if rows else None) or {}
-        for found in rows if arrays else []:
-            yield found, {column: arrays[f"{found['metric']}/{column}"] for column in _VALUES}
+        if any("metric" not in found for found in rows):
+            self._quarantine_measured(job_id, name, "a row lacks metric")
+            return
+        metrics = [found["metric"] for found in rows]
+        file = f"measurements/{job_id}/{name}.npz"
+        values = self.read(file, lambda content: _values(content, metrics)) if rows else {}
+        if values is None:
+            self._quarantine_measured(job_id, name, "its values per observation are damaged")
+            return
+        yield from ((found, values[found["metric"]]) for found in rows)
 
     def is_derived(self) -> bool:
         """Whether the derived tables are there and newer than everything that they are derived from."""
@@ -236,6 +242,17 @@ def _examples(content: bytes) -> pd.DataFrame:
 
     table = pd.read_parquet(io.BytesIO(content))
     return table[[*_NAMES, *_VALUES]]
+
+
+def _values(content: bytes, metrics: Sequence[str]) -> dict[str, dict[str, np.ndarray]]:
+    """Index, value and standard error per observation of each metric: numbers, each (N,)."""
+    arrays = arrays_of(content, lambda _: [f"{metric}/{column}" for metric in metrics for column in _VALUES])
+    for metric in metrics:
+        own = [arrays[f"{metric}/{column}"] for column in _VALUES]
+        if len({array.shape for array in own}) > 1 or own[0].ndim != 1 or any(a.dtype.kind not in "fiu" for a in own):
+            forms = ", ".join(f"{array.dtype}{array.shape}" for array in own)
+            raise ValueError(f"{metric}: {', '.join(_VALUES)} are no numbers of one shape (N,), but {forms}")
+    return {metric: {column: arrays[f"{metric}/{column}"] for column in _VALUES} for metric in metrics}
 
 
 def _newest(path: str, deep: int) -> int:

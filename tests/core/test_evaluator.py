@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,8 @@ import torch
 
 import harness
 from harness.audience import Progress
-from harness.evaluator import EvaluationRun, Evaluator, Measurement
+from harness.evaluator import EvaluationRun, Evaluator, Kind, Measurement
+from harness.files import checksum
 from harness.job import Job
 from harness.method import Fit
 from harness.planning import PlannedJob, resolve
@@ -62,6 +64,38 @@ class Sharing(Evaluator):
             run.measurement("log_likelihood", values, zeros, "exact", indices, traces=traces),
             run.measurement("bdmc_gap", values, zeros, "exact", indices, split="simulated"),
         ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Faulty(Evaluator):
+    """Returns what a beginner might."""
+
+    name: str = "faulty"
+    fault: str = ""
+
+    def measure(self, fit: Fit, problem: Problem, run: EvaluationRun) -> list[Measurement]:
+        _, indices = run.data.scored(3)
+        numbers = torch.linspace(0, 1, 3)
+
+        def measured(values: torch.Tensor = numbers, **extra: Any) -> Measurement:
+            return run.measurement(
+                "mine", values, torch.zeros_like(values), extra.pop("kind", "exact"), indices, **extra
+            )
+
+        returned: Any = {
+            "": lambda: [measured()],
+            "nothing": lambda: None,
+            "none": list,
+            "single": measured,
+            "numbers": lambda: [0.5, 1],
+            "mixed": lambda: [measured(), None],
+            "twice": lambda: [measured(), measured()],
+            "two splits": lambda: [measured(), measured(split="simulated")],
+            "kind": lambda: [measured(kind="approx")],
+            "matrix": lambda: [measured(numbers.expand(2, 3))],
+            "scalar": lambda: [measured(numbers.mean())],
+        }[self.fault]()
+        return returned
 
 
 def values(records: pd.DataFrame) -> dict[tuple[str, int], float]:
@@ -167,6 +201,143 @@ def test_progress_of_an_evaluator_is_told_while_it_measures(tmp_path: Path) -> N
         ("measured", 0.5, "half-way with 1"),
         ("finished", "ok"),
     ]
+
+
+# What they may return, and may not change
+
+
+@pytest.mark.parametrize(
+    ("shapes", "told"),
+    [
+        (((2, 3), (2, 3), (3,)), r"got \(2, 3\), \(2, 3\), \(3,\)"),
+        (((), (), ()), r"got \(\), \(\), \(\)"),
+        (((0,), (0,), (0,)), r"got \(0,\), \(0,\), \(0,\)"),
+        (((3,), (1,), (3,)), r"got \(3,\), \(1,\), \(3,\)"),
+        (((2,), (2,), (3,)), r"got \(2,\), \(2,\), \(3,\)"),
+    ],
+)
+def test_values_errors_and_indices_are_of_one_observation_each(shapes: tuple[tuple[int, ...], ...], told: str) -> None:
+    values, stderrs, indices = map(np.zeros, shapes)
+    with pytest.raises(ValueError, match="mine: values, stderrs and indices must be of one shape .* " + told):
+        Measurement("mine", values, stderrs, "exact", indices)
+
+
+def test_a_kind_is_one_of_those_that_reports_know() -> None:
+    kind: Any = "approx"
+    with pytest.raises(ValueError, match="mine: unknown kind 'approx'; expected one of exact, unbiased, lower bound, "):
+        Measurement("mine", np.zeros(3), np.zeros(3), kind, np.arange(3))
+    for each in get_args(Kind):
+        assert Measurement("mine", np.zeros(3), np.zeros(3), each, np.arange(3)).kind == each
+
+
+def test_what_is_no_measurement_fails_alone_in_one_line_and_the_results_stay_readable(tmp_path: Path) -> None:
+    no_list = "TypeError: faulty: measure must return a list of measurements, at least one; got "
+    no_column = "ValueError: mine: values, stderrs and indices must be of one shape (N,) with at least one "
+    no_column += "observation; got "
+    twice = "ValueError: faulty: measure returned mine twice; give each a metric of its own"
+    told = {
+        "nothing": no_list + "NoneType",
+        "none": no_list + "[]",
+        "single": no_list + "Measurement",
+        "numbers": no_list + "[float, int]",
+        "mixed": no_list + "[Measurement, NoneType]",
+        "twice": twice,
+        "two splits": twice,
+        "kind": "ValueError: mine: unknown kind 'approx'; expected one of " + ", ".join(get_args(Kind)),
+        "matrix": no_column + "(2, 3), (2, 3), (3,)",
+        "scalar": no_column + "(), (), (3,)",
+    }
+    evaluators = [Faulty(fault=fault) for fault in told]
+    records = harness.compare(**{**SMALL, "seeds": 1}, evaluators=[*evaluators, Faulty()], out=tmp_path)
+    by = records.set_index("evaluator")
+    assert {fault: by["reason"][f"faulty[fault={fault}]"] for fault in told} == told
+    assert by["status"].to_dict() == {by.label: "failed" for by in evaluators} | {"faulty": "ok"}
+    assert by["value"]["faulty"] == 0.5
+    examples = Store.open(tmp_path).examples()
+    assert examples["value"].tolist() == [0, 0.5, 1]
+    assert set(examples["evaluator"]) == {"faulty"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Careless(Sharing):
+    """Changes what it measures, then maybe fails."""
+
+    name: str = "careless"
+    how: str = "weights"
+
+    def undefined(self, fit: Fit, problem: Problem) -> str | None:
+        if self.how == "asked":
+            fit.state["encoder.head.bias"].add_(1)
+        return "not for this one" if self.how == "asked" else None
+
+    def measure(self, fit: Fit, problem: Problem, run: EvaluationRun) -> list[Measurement]:
+        if self.how in ("weights", "fails"):
+            for parameter in fit.model.parameters():
+                parameter.mul_(0)
+        if self.how == "new data":
+            for parameter in fit.model.parameters():
+                parameter.data = parameter.data + 1
+        if self.how == "encoder":
+            fit.state["encoder.head.bias"].view(-1)[0] += 1
+        if self.how == "fails":
+            raise ArithmeticError("too bad")
+        return super().measure(fit, problem, run)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighing(Evaluator):
+    """What the fit's tensors add up to."""
+
+    name: str = "weighing"
+
+    def measure(self, fit: Fit, problem: Problem, run: EvaluationRun) -> list[Measurement]:
+        x, indices = run.data.scored(1)
+        z = fit.posterior.sample(x, 1, run.generator(self.name, "posterior"))
+        total = sum(parameter.double().square().sum() for parameter in fit.model.parameters())
+        return [run.measurement("weight", (total + z.sum()).reshape(1), torch.zeros(1), "exact", indices)]
+
+
+CHANGES = {
+    "weights": ("failed", r"RuntimeError: careless changes the fit \(model\..*, \.\.\.\), which other evaluators "),
+    "new data": ("failed", r"RuntimeError: careless changes the fit \(model\..*, \.\.\.\), which other evaluators "),
+    "encoder": ("failed", r"RuntimeError: careless changes the fit \(encoder\.head\.bias\), which other evaluators "),
+    "fails": ("failed", "ArithmeticError: too bad"),
+    "asked": ("skipped", "not for this one"),
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+@pytest.mark.parametrize("stored", [False, True])
+def test_who_changes_the_fit_fails_and_the_others_measure_it_as_it_was(how: str, stored: bool, tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {**SMALL, "seeds": 1, "out": tmp_path}
+    if stored:
+        harness.compare(**arguments, evaluators="exact")
+    expected = harness.compare(**{**arguments, "out": tmp_path / "alone"}, evaluators=[Weighing(), Sharing()])
+    COMPUTED.clear()
+    evaluators = [Careless(how=how), Weighing(), Sharing(), "exact"]
+    found = harness.compare(**arguments, evaluators=evaluators)
+    careless = found[found["evaluator"].str.startswith("careless")]
+    status, told = CHANGES[how]
+    assert careless["status"].tolist() == [status]
+    assert re.match(told, careless["reason"].item())
+    others = found[~found["evaluator"].str.startswith(("careless", "exact"))]
+    assert others["value"].tolist() == expected["value"].tolist()
+    assert (found["evaluator"] == "exact").sum() == 2
+    times = 1 if how in ("fails", "asked") else 2  # what the careless one has computed and shared is of another fit
+    assert len(COMPUTED) == times
+
+
+def test_the_checksum_of_a_fit_is_made_once_for_all_evaluators(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def counted(arrays: Any) -> str:
+        made.append(checksum(arrays))
+        return made[-1]
+
+    monkeypatch.setattr("harness.running.checksum", counted)
+    harness.compare(**{**SMALL, "seeds": 1}, evaluators=[Sharing(), Weighing(), "exact"], out=tmp_path)
+    stored = [json.loads(file.read_text())["fit_sha256"] for file in tmp_path.glob("measurements/*/*.json")]
+    assert stored == made * 3
 
 
 # Keys

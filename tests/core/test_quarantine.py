@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch
 import harness
 from harness.cli import main
 from harness.comparison import evaluate, plan
-from harness.files import Folder
+from harness.files import Facts, Folder
 from harness.options import UserError
 from harness.record import TIMING_COLUMNS
 from harness.store import Store
@@ -240,3 +242,60 @@ def test_values_are_read_from_the_table_as_long_as_it_is_whole_and_newer(
     [path] = store.path.glob(f"measurements/{vae(store)}/exact-*.json")
     path.unlink()
     assert len(store.examples()) < len(expected)
+
+
+def rewritten(store: Store, change: Callable[[dict[str, np.ndarray], Facts], object]) -> tuple[str, str]:
+    """Store the exact values of a job again, changed, as an earlier version may have stored what it was given."""
+    job_id = vae(store)
+    [evaluator] = [name for name in store.measured_by(job_id) if name.startswith("exact")]
+    arrays, facts = store.values(job_id, evaluator), store.measured(job_id, evaluator)
+    assert arrays is not None
+    assert facts is not None
+    change(arrays, facts)
+    store.write_measured(job_id, evaluator, facts, arrays)
+    return job_id, evaluator
+
+
+def without_metric(arrays: dict[str, np.ndarray], facts: Facts) -> None:
+    for found in facts["rows"]:
+        del found["metric"]
+
+
+COLUMNS = ("index", "value", "stderr")
+UNFIT: dict[str, tuple[Callable[[dict[str, np.ndarray], Facts], object], str]] = {
+    "a matrix": (
+        lambda arrays, _: arrays.update({"log_likelihood/value": np.zeros((2, 4))}),
+        r"log_likelihood: index, value, stderr are no numbers of one shape \(N,\), but int64\(4,\), float64\(2, 4\)",
+    ),
+    "a scalar": (
+        lambda arrays, _: arrays.update({f"log_likelihood/{column}": np.zeros(()) for column in COLUMNS}),
+        r"log_likelihood: index, value, stderr are no numbers of one shape",
+    ),
+    "too few indices": (
+        lambda arrays, _: arrays.update({"kl_to_posterior/index": np.arange(3)}),
+        r"kl_to_posterior: index, value, stderr are no numbers of one shape \(N,\), but int64\(3,\), float64\(4,\)",
+    ),
+    "text": (
+        lambda arrays, _: arrays.update({"log_likelihood/value": np.array(["a"] * 4)}),
+        r"log_likelihood: index, value, stderr are no numbers of one shape \(N,\), but int64\(4,\), <U1\(4,\)",
+    ),
+    "no values": (
+        lambda arrays, _: arrays.pop("log_likelihood/value"),
+        "log_likelihood/value is not a file in the arc",
+    ),
+    "no metric": (without_metric, "a row lacks metric"),
+}
+
+
+@pytest.mark.parametrize("how", UNFIT)
+def test_values_that_no_table_can_hold_are_put_aside_and_measured_again(
+    how: str, store: Store, whole: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    change, told = UNFIT[how]
+    job_id, evaluator = rewritten(store, change)
+    assert len(Store(store.path).examples()) == len(whole.examples()) - 2 * 4
+    assert re.search(rf"{evaluator}\.(npz|json) is damaged \(.*{told}", caplog.text)
+    assert aside(store, store.path / f"measurements/{job_id}/{evaluator}.json").is_file()
+    assert len(store.derive()) == len(whole.records()) - 2
+    assert results(harness.compare(**ASKED, out=store.path)).equals(results(whole.records()))
+    assert store.examples().equals(whole.examples())
