@@ -7,6 +7,7 @@ explicit state: an interrupted fit goes on from a checkpoint bit for bit.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from harness.stopping import Stopped
 
 if TYPE_CHECKING:
     from harness.training import GradientMethod
+
+log = logging.getLogger(__name__)
 
 LOG_EVERY = 100
 CLOCK_EVERY = 10
@@ -68,12 +71,15 @@ class Loop:
         by_clock = self.run.budget.unit == "seconds"
         batches_per_step = 1 + len(self.further)
         done = False
+        start, untouched = self.steps, torch.random.get_rng_state()
         while not done:
             if self.run.budget.unit != "converged":
                 for method, replica in zip(self.methods, self.replicas, strict=True):
                     method.schedule(replica.modules, self.fraction)
             self.steps += 1
             self.step()
+            if self.steps == start + 1:
+                self._tell_of_draws(untouched)
             if not by_clock or self.steps % self.clock_every == 0:
                 self.fraction = self.run.fraction(self.steps, self.method.batch_size * batches_per_step)
                 self._rescale(self.method.lr_decay ** max(0.0, (self.fraction - 0.4) / 0.6))
@@ -119,6 +125,12 @@ class Loop:
             self.lr_factor = lr_factor
             for owned in self.movers:
                 owned.adam.rescale(lr_factor)
+
+    def _tell_of_draws(self, before: Tensor) -> None:
+        """After the first step, of those that no checkpoint knows of, by the state of torch's generator before it."""
+        if self.gradients.used != "compile" and not torch.equal(torch.random.get_rng_state(), before):
+            log.warning("%s: losses draw from torch's global generator: a fit that is interrupted does not go on as it "
+                        "would have; state draws in noise()", self.method.name)  # fmt: skip
 
     def _check(self) -> None:
         """See that steps are what the losses and players say, however they are taken.

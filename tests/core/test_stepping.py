@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -282,6 +283,26 @@ def test_a_number_that_changes_outside_of_buffers_is_an_error() -> None:
     assert fitted(Forgetful(batch_size=16), "eager")[0].step_used == "eager"
     with pytest.raises(RuntimeError, match="must be in buffers of the modules"):
         fitted(Forgetful(batch_size=16), "graph")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing(VAE):
+    """Draws what it should have asked for."""
+
+    name: str = "drawing"
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        return super().losses(modules, x, {name: torch.randn_like(value) for name, value in noise.items()})
+
+
+@pytest.mark.parametrize(("method", "told"), [(Drawing, 1), (VAE, 0)])
+@pytest.mark.parametrize("step", ["eager", "graph"])
+def test_draws_that_no_checkpoint_knows_of_are_told_of(
+    method: type[VAE], told: int, step: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with suppress(RuntimeError):  # of recorded steps, which are found to be others at the first check
+        fitted(method(batch_size=16), step)
+    assert caplog.text.count("losses draw from torch's global generator") == told
 
 
 @dataclass(frozen=True, kw_only=True)
