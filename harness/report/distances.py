@@ -127,7 +127,7 @@ def distances(table: Table) -> Panel | None:
     found = [estimate for row in rows for key in keys if (estimate := estimate_of(row, key))]
     return Panel(
         title="Distance to the exact posterior",
-        columns=[_heading(rows, key) for key in keys],
+        columns=[heading(rows, key) for key in keys],
         lines=[(label, [column[i] for column in columns]) for i, label in enumerate(labels)],
         about=[ABOUT_DISTANCES, ABOUT_CLOSEST],
         notes=[note for row in rows for key in keys for note in _notes(row, key)],
@@ -153,7 +153,7 @@ def _flags(table: Table, row: MethodRow, key: Key) -> list[str]:
     return [*closest, *([AT_FLOOR] if row.label in found.at_floor else [])]
 
 
-def _heading(rows: Sequence[MethodRow], key: Key) -> str:
+def heading(rows: Sequence[MethodRow], key: Key) -> str:
     evaluator, metric = key
     unit = next(estimate.unit for row in rows if (estimate := estimate_of(row, key)))
     by = one_line(evaluator, 2 * WIDTH) + (f" [{unit}]" if unit else "")

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from harness.readings import stem
-from harness.report import distances, doubts, named
+from harness.report import distances, doubts, named, tables
 from harness.report.cells import decimals, one_line
 from harness.report.entries import EXCEEDS, UNTRUSTED, VACUOUS, WARNING, Entry, Panel, entry, error_text, places_of
 from harness.report.tables import Checks, MethodRow, Table
 from harness.report.trust import GAP
-from harness.statistics import Agreement, Estimate
+from harness.statistics import FLOOR, SIMULATED, Agreement, Estimate
 
 GAPS = ("approximation_gap", "amortisation_gap", "kl_to_posterior")
 CHAINS = {
@@ -23,11 +23,13 @@ CHAINS = {
     "divergences": ("diver-\ngences", 1),
 }
 """Metric -> heading and decimals."""
+ELSEWHERE = {GAP, "adversarial_kl", "smoothed_elbo", *CHAINS}.union(*tables.COLUMNS.values())
+"""Metrics that other tables show, or tell of."""
 
 
 def panels(table: Table) -> list[Panel]:
     """Those that have anything to show."""
-    made = (trust, checks, gaps, chains, distances.distances, named.modes, named.moments)
+    made = (trust, checks, gaps, chains, distances.distances, named.modes, named.moments, others)
     return [panel for make in made if (panel := make(table))]
 
 
@@ -218,3 +220,37 @@ def chains(table: Table) -> Panel | None:
 def _of_chains(row: MethodRow, estimate: Estimate | None, metric: str) -> Entry:
     warned = estimate is not None and (estimate.evaluator, metric) in row.warnings
     return entry(row, estimate, CHAINS[metric][1], [WARNING] if warned else [])
+
+
+# Whatever else
+
+
+def others(table: Table) -> Panel | None:
+    """What no other table shows, such as the metrics of a plugin's evaluator; None if there is nothing."""
+    found = [(row, estimate) for row in table.rows for estimate in row.estimates if not _is_elsewhere(estimate, table)]
+    if not found:
+        return None
+    keys = list(dict.fromkeys((estimate.evaluator, estimate.metric) for _, estimate in found))
+    rows = [row for row in table.rows if any(distances.estimate_of(row, key) for key in keys)]
+    places = [places_of(distances.estimate_of(row, key) for row in rows) for key in keys]
+    return Panel(
+        title="Other measurements",
+        columns=[distances.heading(rows, key) for key in keys],
+        lines=[
+            (row.label, [_other(row, key, digits) for key, digits in zip(keys, places, strict=True)]) for row in rows
+        ],
+        about=(),
+        notes=(),
+        kinds=frozenset(estimate.kind for _, estimate in found),
+    )
+
+
+def _is_elsewhere(estimate: Estimate, table: Table) -> bool:
+    metric, key = estimate.metric, (estimate.evaluator, estimate.metric)
+    of_gaps = stem(estimate.evaluator) == "gaps" and metric in GAPS
+    told = metric in ELSEWHERE or metric.endswith(FLOOR) or estimate.split == SIMULATED
+    return told or of_gaps or key in table.closeness
+
+
+def _other(row: MethodRow, key: tuple[str, str], places: int) -> Entry:
+    return entry(row, distances.estimate_of(row, key), places, [WARNING] if key in row.warnings else [])

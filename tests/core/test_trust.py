@@ -747,6 +747,20 @@ def test_chains_have_a_table() -> None:
     assert cells["bulk, worth draws"].flags == ()
 
 
+def test_what_no_other_table_shows_has_one_of_its_own() -> None:
+    """The metrics of a plugin's evaluator, and those of ours that are no distance between draws."""
+    store = everything()
+    assert not any(panel.title == "Other measurements" for panel in panels(table_of(store)))
+    for seed in range(3):
+        store.measure("avb", seed, "mine[power=2]", "radius", np.full(N, 1.5 + seed), kind="consistent", unit="")
+        store.measure("avb", seed, "exact", "kl_to_posterior", np.full(N, 0.25), kind="unbiased")
+    entries = cells_of(panel_of(store, "Other measurements"), "avb")
+    assert {heading: entry.number for heading, entry in entries.items()} == {
+        "kl to posterior exact [nats]": "0.2500", "radius mine[power=2]": "2.5000"
+    }  # fmt: skip
+    assert "radius" in said(store)
+
+
 def text_of(store: Records) -> str:
     stream = io.StringIO()
     print_tables(store.records(), store.examples(), Console(file=stream, width=120))
