@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import zipfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,8 +19,12 @@ from harness.options import UserError, unknown
 from harness.problem import Binarisation, DataError, DatasetSpec, ModelSpec, Problem
 from harness.specs import NetworksProblem
 
+log = logging.getLogger(__name__)
+
 _SPLITS = ("train", "validation", "test")
 _KNOWN = (*_SPLITS, "test_labels")
+_STANDARD = 0.1, 10.0
+"""Standard deviations that networks cope with, and how many of them the mean may be off."""
 _FORM = "expected an .npz file with arrays train and test, and if wanted validation and test_labels"
 
 
@@ -116,6 +122,8 @@ def _spec(name: str, arrays: dict[str, np.ndarray], likelihood: LikelihoodName) 
         values, levels = {key: array.astype(np.uint8) for key, array in values.items()}, 1
     elif binarisation == "dynamic" and levels is None:
         _check_probabilities(values)
+    for doubt in _doubts(values["train"], levels, binarisation):
+        log.warning("%s: %s", name, doubt)
     return DatasetSpec(
         name,
         train=values["train"],
@@ -166,6 +174,23 @@ def _values(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int |
 
 def _is_binary(array: np.ndarray) -> bool:
     return bool(((array == 0) | (array == 1)).all())
+
+
+def _doubts(train: np.ndarray, levels: int | None, binarisation: Binarisation) -> Iterator[str]:
+    """What can be trained on and is hardly meant."""
+    if levels == 255 and train.max() < levels / 2:
+        yield (
+            f"uint8 values are intensities out of 255, and the largest is {train.max()}: if these are counts or other "
+            "numbers, give them as floats with likelihood=gaussian"
+        )
+    if binarisation == "none" and not levels:
+        mean, sd = float(train.mean(dtype=np.float64)), float(train.std(dtype=np.float64))
+        low, high = _STANDARD
+        if not low <= sd <= high or abs(mean) > high * sd:
+            yield (
+                f"values have mean {mean:.3g} and standard deviation {sd:.3g}, and networks are made for about 0 and "
+                "1: standardise them (log p(x) is then that of the standardised values)"
+            )
 
 
 def _check_probabilities(values: dict[str, np.ndarray]) -> None:

@@ -84,6 +84,27 @@ def test_gaussian_takes_values_as_they_are_and_scales_bytes(tmp_path: Path, arra
     np.testing.assert_allclose(data.test.numpy(), array[20:] / scale, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("array", "likelihood", "told"),
+    [
+        (np.full((20, 4), 11, np.uint8), "bernoulli", "the largest is 11: if these are counts"),
+        (np.full((20, 4), 130, np.uint8), "bernoulli", ""),
+        (np.eye(20, dtype=np.uint8), "bernoulli", ""),
+        (np.full((20, 4), 11, np.uint8), "gaussian", "the largest is 11: if these are counts"),
+        (100 + 3 * np.eye(20), "gaussian", "values have mean 100 and standard deviation 0.65"),
+        (1e6 * np.eye(20), "gaussian", "standard deviation 2.18e+05, and networks are made for about 0 and 1"),
+        (1e-3 * np.eye(20), "gaussian", "standardise them"),
+        (3 * np.eye(20), "gaussian", ""),
+    ],
+)
+def test_what_is_hardly_meant_is_told_of(
+    tmp_path: Path, array: np.ndarray, likelihood: Any, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    dataclasses.replace(saved(tmp_path, train=array, test=array), likelihood=likelihood).dataset()
+    assert told in caplog.text
+    assert bool(caplog.text) == bool(told)
+
+
 def test_validation_is_a_fixed_tenth_of_train_unless_given(tmp_path: Path) -> None:
     array = np.arange(200, dtype=np.uint8).reshape(200, 1)
     spec = saved(tmp_path, train=array, test=array).dataset()
