@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,13 @@ class Replica:
     """One fit: its modules, its streams, and how it goes.
 
     Args:
+        method: Its name, for what is told of it.
         objective: The player whose loss the training curve shows.
         shapes: Shape, per observation, of each noise.
         diverged: Set when it is no longer of interest; its steps go on only because those of the others do.
     """
 
+    method: str
     view: TrainingView
     run: Run
     modules: Modules
@@ -116,6 +118,8 @@ class Together:
         self.low_precision = products is not None
         self.products = Products(products) if products else nullcontext()
         self.program = _Program(replicas[0])
+        self.players = {player.player.name: bool(player.parameters) for player in owned}
+        self.unseen = True
         modules = replicas[0].modules
         if self.single:
             self.buffers: dict[str, Tensor] = dict(modules.named_buffers())
@@ -155,29 +159,75 @@ class Together:
                 self.buffers[name].copy_(tensor)
 
     def losses(self, drawn: Drawn) -> dict[str, Tensor]:
-        """Each player's loss: a scalar of a single replica, else (R,)."""
+        """Each player's loss: a scalar of a single replica, else (R,).
+
+        Raises:
+            ValueError: If the first ones are not what the method is to return.
+        """
         if not self.single:
             return self.losses_at(self.tensors, drawn)
         with self.products, unvalidated():
-            return self.replicas[0].losses(self.replicas[0].modules, *drawn)
+            losses = self.replicas[0].losses(self.replicas[0].modules, *drawn)
+        if self.unseen:
+            self._check_form(losses)
+            self._check_gradients(losses)
+        return losses
 
     def losses_at(self, tensors: Mapping[str, Tensor], drawn: Drawn) -> dict[str, Tensor]:
         """The losses as they would be if ``tensors`` were those of the replicas."""
         with self.products, unvalidated():
-            if self.single:
-                return self._of_one(tensors, *drawn)
-            try:
-                return vmap(self._of_one)(tensors, *drawn)
-            except (torch.OutOfMemoryError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
-                raise
-            except RuntimeError as error:
-                raise RuntimeError(
-                    f"its losses, or the problem's model, are no batched program ({error}); fit the seeds one by one, "
-                    "and let the method's one_by_one() say so if it is the method"
-                ) from error
+            losses = self._of_one(tensors, *drawn) if self.single else self._of_several(tensors, drawn)
+        if self.unseen:
+            self._check_gradients(losses)
+        return losses
+
+    def _of_several(self, tensors: Mapping[str, Tensor], drawn: Drawn) -> dict[str, Tensor]:
+        try:
+            return vmap(self._of_one)(tensors, *drawn)
+        except (torch.OutOfMemoryError, torch.linalg.LinAlgError):  # pyright: ignore[reportPrivateImportUsage]
+            raise
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"its losses, or the problem's model, are no batched program ({error}); fit the seeds one by one, "
+                "and let the method's one_by_one() say so if it is the method"
+            ) from error
 
     def _of_one(self, tensors: Mapping[str, Tensor], x: Tensor, noise: Noise) -> dict[str, Tensor]:
-        return functional_call(self.program, {f"own.{name}": value for name, value in tensors.items()}, (x, noise))
+        losses = functional_call(self.program, {f"own.{name}": value for name, value in tensors.items()}, (x, noise))
+        if self.unseen:
+            self._check_form(losses)
+        return losses
+
+    def _check_form(self, losses: object) -> None:
+        """See that the losses of one replica are those of the players, each a scalar."""
+        method, dtype, players = self.replicas[0].method, self.replicas[0].run.dtype, ", ".join(self.players)
+        if not isinstance(losses, dict):
+            kind = type(losses).__name__
+            raise ValueError(
+                f"{method}: losses must return a dict with a loss for each player ({players}), got a {kind}"
+            )
+        found = cast(dict[str, object], losses)
+        if self.players.keys() != found.keys():
+            got = ", ".join(map(str, found)) or "none"
+            raise ValueError(f"{method}: losses must return one loss for each player ({players}), got {got}")
+        for name in self.players:
+            form = _form(found[name])
+            if form != _form(torch.empty((), dtype=dtype)):
+                raise ValueError(f"{method}: loss {name!r} must be a scalar tensor of {dtype}, a mean; got {form}")
+
+    def _check_gradients(self, losses: Mapping[str, Tensor]) -> None:
+        """See that losses of players that move have gradients, which cannot be told of what is mapped, from inside."""
+        for name, moves in self.players.items():
+            if moves and not losses[name].requires_grad:
+                raise ValueError(
+                    f"{self.replicas[0].method}: loss {name!r} has no gradient: it must require grad, as what is "
+                    "computed from the parameters of its player does, without detach() or no_grad()"
+                )
+        self.unseen = False
+
+
+def _form(loss: object) -> str:
+    return f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
 
 
 @contextmanager

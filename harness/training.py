@@ -160,7 +160,8 @@ def _trained(methods: Sequence[GradientMethod], replicas: Sequence[Replica]) -> 
 
 def _replica(method: GradientMethod, view: TrainingView, run: Run) -> Replica:
     objective = method.players()[0].name
-    return Replica(view, run, _built(method, view), method.losses, objective, method.noise(view), method.batch_size)
+    modules, shapes = _built(method, view), method.noise(view)
+    return Replica(method.name, view, run, modules, method.losses, objective, shapes, method.batch_size)
 
 
 def _built(method: GradientMethod, view: TrainingView) -> Modules:

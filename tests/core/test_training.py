@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +20,10 @@ from harness.minibatches import Minibatches
 from harness.model import BernoulliLikelihood, DecoderModel, LatentModel
 from harness.nn import MLP
 from harness.problem import MLPSpec, ModelSpec, Split, TrainingView, placed
-from harness.replicas import FURTHER
+from harness.replicas import FURTHER, Together
 from harness.seeding import Streams
 from harness.testing import SmallProblem
-from harness.training import GradientMethod, Modules, Noise, Player
+from harness.training import GradientMethod, Modules, Noise, Player, fit_together
 from harness_plugins.avb import AVB
 from harness_plugins.vae import VAE
 
@@ -251,6 +251,85 @@ class Breaks(VAE):
 def test_a_loss_that_is_not_a_number_ends_the_fit() -> None:
     with pytest.raises(Diverged, match="objective is nan at or before step"):
         fitted(Breaks(batch_size=8, lr=1e-2), "steps=200")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Misstated(AVB):
+    """Its losses are not what they should be, one fault at a time."""
+
+    name: str = "misstated"
+    fault: str = ""
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        losses = super().losses(modules, x, noise)
+        primal, adversary = losses["negative_elbo"], losses["adversary"]
+        returned: Any = {
+            "surplus": lambda: {**losses, "for curiosity": 1},
+            "bare": lambda: primal,
+            "none": lambda: None,
+            "empty": dict,
+            "misnamed": lambda: {"elbo": primal, "adversary": adversary},
+            "forgotten": lambda: {"negative_elbo": primal},
+            "each": lambda: {**losses, "adversary": adversary.expand(len(x))},
+            "row": lambda: {**losses, "negative_elbo": primal[None]},
+            "precision": lambda: {**losses, "negative_elbo": primal.float()},
+            "number": lambda: {**losses, "adversary": 1.0},
+            "detached": lambda: {**losses, "adversary": adversary.detach()},
+        }[self.fault]()
+        return returned
+
+
+PLAYERS = r"misstated: losses must return a dict with a loss for each player \(negative_elbo, adversary\), got a "
+LACKING = r"misstated: losses must return one loss for each player \(negative_elbo, adversary\), got "
+SCALAR = "misstated: loss '{}' must be a scalar tensor of torch.float64, a mean; got "
+MISSTATED = {
+    "bare": PLAYERS + "Tensor$",
+    "none": PLAYERS + "NoneType$",
+    "empty": LACKING + "none$",
+    "misnamed": LACKING + "elbo, adversary$",
+    "forgotten": LACKING + "negative_elbo$",
+    "surplus": LACKING + "negative_elbo, adversary, for curiosity$",
+    "each": SCALAR.format("adversary") + r"torch.float64 of shape \(8,\)$",
+    "row": SCALAR.format("negative_elbo") + r"torch.float64 of shape \(1,\)$",
+    "precision": SCALAR.format("negative_elbo") + r"torch.float32 of shape \(\)$",
+    "number": SCALAR.format("adversary") + "a float$",
+    "detached": r"misstated: loss 'adversary' has no gradient: it must require grad, .* or no_grad\(\)$",
+}
+
+
+def fitted_together(method: GradientMethod, seeds: Sequence[int], step: str) -> list[Fit | Diverged]:
+    clock = Clock(CPU)
+    own = [streams(method.name, seed) for seed in seeds]
+    views = [PROBLEM.training_view(placed(PROBLEM, CPU, DOUBLE), each) for each in own]
+    runs = [Run(CPU, DOUBLE, Budget.parse("steps=3"), each, clock, step=step) for each in own]
+    with clock.phase("fit"):
+        return fit_together([method] * len(runs), views, runs)
+
+
+@pytest.mark.parametrize("step", ["eager", "graph"])
+@pytest.mark.parametrize("fault", MISSTATED)
+def test_losses_that_are_not_one_scalar_for_each_player_are_told_in_one_line(fault: str, step: str) -> None:
+    method = Misstated(batch_size=8, fault=fault)
+    with pytest.raises(ValueError, match=f"^{MISSTATED[fault]}"):
+        fitted(method, "steps=3", step=step)
+    with pytest.raises(ValueError, match=f"^{MISSTATED[fault]}"):
+        fitted_together(method, [0, 1], step)
+
+
+def test_losses_are_looked_at_once_in_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    for check in ("_check_form", "_check_gradients"):
+        whole = getattr(Together, check)
+
+        def counted(self: Together, losses: Any, check: str = check, whole: Any = whole) -> None:
+            seen.append(check)
+            whole(self, losses)
+
+        monkeypatch.setattr(Together, check, counted)
+    for step in ("eager", "graph"):
+        fitted(AVB(batch_size=8, adversary_steps=2), "steps=5", step=step)
+        fitted_together(AVB(batch_size=8), [0, 1], step)
+    assert seen == ["_check_form", "_check_gradients"] * 4
 
 
 @dataclass(frozen=True, kw_only=True)
