@@ -64,6 +64,25 @@ def require_mean(draws: Tensor, expected: Tensor | float, what: str) -> None:
 
 
 @contextmanager
+def in_single_precision(what: str) -> Iterator[None]:
+    """What runs in float64 runs in float32 too: an error of torch's is that of a number that has another precision."""
+    try:
+        yield
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConformanceError(
+            f"{what} in float32, as runs are unless another precision is asked for: {reason}"
+        ) from error
+
+
+def require_single(tensor: Tensor, shape: tuple[int, ...], what: str) -> None:
+    """Shape, float32, and that all elements are finite."""
+    single = f"{what}: expected float32 in a run in float32, got {tensor.dtype}; is there a constant of that precision?"
+    require(tensor.dtype == torch.float32, single)
+    require_shape(tensor, shape, f"{what} in float32")
+
+
+@contextmanager
 def untouched(what: str) -> Iterator[None]:
     """Process-wide generators and settings are the same afterwards."""
     pyro = sys.modules.get("pyro")

@@ -22,13 +22,14 @@ from harness.store import Store
 from harness.testing.laws import (
     ConformanceError,
     check_options,
+    in_single_precision,
     require,
     require_close,
     require_equal,
     require_shape,
     untouched,
 )
-from harness.testing.posteriors import check_posterior, stream
+from harness.testing.posteriors import check_posterior, check_single_precision, stream
 from harness.testing.small import problem_for, view_of
 from harness.training import GradientMethod, Modules, Noise, fit_together
 
@@ -91,6 +92,7 @@ def check_method(method: Method, problem: Problem | None = None) -> None:
     _check_same(first.fit, trial(method, problem).fit, view.validation, "two fits from the same seed")
     _check_same(first.fit, in_parts(first.job), view.validation, "a fit in one go and one that was interrupted")
     _check_restores(first, view.validation)
+    _check_single_precision(method, problem)
     if isinstance(method, GradientMethod):
         _check_gradients(method, view_of(problem), first.fit)
         _check_per_replica(method, view_of(problem), first.fit)
@@ -132,6 +134,13 @@ def _check_restores(tried: Trial, x: Tensor) -> None:
         require_equal(restored.model.state_dict()[key], tensor, f"{job.method.name}: restored model, {key!r}")
     samples = restored.posterior.sample(x, 2, stream(0))
     require_equal(samples, tried.fit.posterior.sample(x, 2, stream(0)), f"{job.method.name}: samples of a restored fit")
+
+
+def _check_single_precision(method: Method, problem: Problem) -> None:
+    job = Job(problem, method, 0, Budget("steps", STEPS), CPU, "float32", NO_PLUGIN)
+    with in_single_precision(f"{method.name}: fit"):
+        fit = _fit(job, job.new_run())
+    check_single_precision(fit.posterior, fit.model, job.training_view().validation)
 
 
 def _modules(method: GradientMethod, view: TrainingView) -> Modules:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from harness.model import LatentModel, log_normal
+from harness.model import LatentModel
 from harness.posterior import (
     HasAnalyticKL,
     HasDensity,
@@ -18,14 +18,21 @@ from harness.posterior import (
     LocalFamily,
     Posterior,
 )
-from harness.testing.laws import require, require_close, require_equal, require_mean, require_shape, untouched
+from harness.testing.laws import (
+    in_single_precision,
+    require,
+    require_close,
+    require_equal,
+    require_mean,
+    require_shape,
+    require_single,
+    untouched,
+)
+from harness.testing.normalisation import require_normalised
 
 DRAWS = 4000
-CENTRES = 64
 MOVED = 0.5
 """Standard deviation of what is added to a local family's parameters; less would move too little to be noticed."""
-SMOOTHED_DIMENSIONS = 3
-"""In more dimensions the draws' kernel estimate is too rough for its ratio to the density to have a useful error."""
 
 
 def stream(seed: int, device: torch.device | None = None) -> torch.Generator:
@@ -63,6 +70,35 @@ def check_posterior(posterior: Posterior, model: LatentModel, x: Tensor) -> None
         _check_local_family(posterior, posterior.local, model, x)
 
 
+@torch.no_grad()
+def check_single_precision(posterior: Posterior, model: LatentModel, x: Tensor) -> None:
+    """What evaluators ask for in a run in float32 is finite and of that precision.
+
+    Args:
+        x: Observations in float32, shape (N, *E).
+
+    Raises:
+        ConformanceError: If it is not.
+    """
+    x, pairs = x[:4], (3, len(x[:4]))
+    with in_single_precision("Posterior.sample"):
+        z = posterior.sample(x, 3, stream(0))
+    require_single(z, (*pairs, model.latent_dim), "Posterior.sample")
+    if isinstance(posterior, HasDensity | HasPointDensity):
+        with in_single_precision("log density of Posterior draws"):
+            drawn, log_q = _draws(posterior, x, 3, stream(1))
+        require_single(drawn, tuple(z.shape), "Posterior.sample_and_log_prob")
+        require_single(log_q, pairs, "log density of Posterior draws")
+    if isinstance(posterior, HasLogRatio):
+        with in_single_precision("Posterior.log_ratio"):
+            log_ratio = posterior.log_ratio(x, z)
+        require_single(log_ratio, pairs, "Posterior.log_ratio")
+    if isinstance(posterior, HasAnalyticKL):
+        with in_single_precision("Posterior.kl_to_prior"):
+            kl = posterior.kl_to_prior(x)
+        require_single(kl, (len(x),), "Posterior.kl_to_prior")
+
+
 def _check_log_ratio(posterior: Posterior, x: Tensor, z: Tensor) -> None:
     if isinstance(posterior, HasLogRatio):
         _check_pointwise(posterior.log_ratio, x, z, "Posterior.log_ratio")
@@ -80,17 +116,17 @@ def _check_pointwise(function, x: Tensor, z: Tensor, what: str) -> None:
 
 
 def _check_densities(posterior: Posterior, model: LatentModel, x: Tensor) -> None:
-    drawn = _draws(posterior, x)
-    if drawn is None:
+    if not isinstance(posterior, HasDensity | HasPointDensity):
         return
-    z, log_q = drawn
+    with untouched("Posterior.sample_and_log_prob"):
+        z, log_q = _draws(posterior, x, DRAWS, stream(1))
     require_shape(log_q, (DRAWS, len(x)), "log density of Posterior draws")
     _check_same_draws(posterior.sample(x, DRAWS, stream(2)), z)
     if isinstance(posterior, HasPointDensity):
         require_close(posterior.log_prob(x, z), log_q, "Posterior.sample_and_log_prob and Posterior.log_prob")
-    if model.latent_dim <= SMOOTHED_DIMENSIONS:
-        ratio = torch.exp(_smoothed(posterior.sample(x, CENTRES, stream(2)), z) - log_q)
-        require_mean(ratio, 1.0, "the posterior's density does not integrate to 1 where its draws are")
+    for one in x.split(1):
+        log_prob = partial(_at, posterior, one) if isinstance(posterior, HasPointDensity) else None
+        require_normalised(partial(_alone, posterior, one), log_prob, 6, "the posterior's density")
     if isinstance(posterior, HasAnalyticKL):
         kl = posterior.kl_to_prior(x)
         require_shape(kl, (len(x),), "Posterior.kl_to_prior")
@@ -112,23 +148,23 @@ def _check_same_draws(sampled: Tensor, z: Tensor) -> None:
         )
 
 
-def _draws(posterior: Posterior, x: Tensor) -> tuple[Tensor, Tensor] | None:
+def _draws(posterior: Posterior, x: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Of a posterior with a density: (n, N, D) and (n, N)."""
     if isinstance(posterior, HasDensity):
-        with untouched("Posterior.sample_and_log_prob"):
-            return posterior.sample_and_log_prob(x, DRAWS, stream(1))
-    if isinstance(posterior, HasPointDensity):
-        z = posterior.sample(x, DRAWS, stream(1))
-        return z, posterior.log_prob(x, z)
-    return None
+        return posterior.sample_and_log_prob(x, n, generator)
+    assert isinstance(posterior, HasPointDensity)
+    z = posterior.sample(x, n, generator)
+    return z, posterior.log_prob(x, z)
 
 
-def _smoothed(centres: Tensor, z: Tensor) -> Tensor:
-    """Log density at z (S, N, D) of a mixture of Gaussians around other draws: it lies where q lies, whatever q's form.
+def _alone(posterior: Posterior, one: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draws for one observation: (n, D) and (n,)."""
+    z, log_q = _draws(posterior, one, n, generator)
+    return z[:, 0], log_q[:, 0]
 
-    E_q[g / q] = 1 for any density g that lives on the support of q.
-    """
-    log_sd = torch.log(0.3 * centres.std(0) + 1e-12)
-    return log_normal(z[:, None], centres, log_sd).logsumexp(1) - math.log(len(centres))
+
+def _at(posterior: HasPointDensity, one: Tensor, z: Tensor) -> Tensor:
+    return posterior.log_prob(one, z[:, None])[:, 0]
 
 
 def _check_local_family(
@@ -185,13 +221,13 @@ def _check_moved(posterior: Posterior, members: LocalFamily, model: LatentModel,
         change = torch.randn(parameter.shape, generator=noise, dtype=parameter.dtype)
         parameter.data += MOVED * change
     require_equal(posterior.sample(x, 3, stream(0)), before, "Posterior.sample before and after its local members move")
-    if model.latent_dim <= SMOOTHED_DIMENSIONS:
-        z, log_q = members.sample_and_log_prob(DRAWS, stream(1))
-        centres, _ = members.sample_and_log_prob(CENTRES, stream(2))
-        ratio = torch.exp(_smoothed(centres, z) - log_q)
-        require_mean(
-            ratio, 1.0, "LocalFamily: the density of moved members does not integrate to 1 where their draws are"
-        )
+    for i in range(len(x)):
+        require_normalised(partial(_of_member, members, i), None, 7, "LocalFamily: the density of moved members")
+
+
+def _of_member(members: LocalFamily, i: int, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    z, log_q = members.sample_and_log_prob(n, generator)
+    return z[:, i], log_q[:, i]
 
 
 def _check_common_noise(members: LocalFamily, moved: LocalFamily) -> None:

@@ -3,26 +3,40 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from harness.method import Budget
-from harness.model import CanSimulate, LatentModel, log_normal
-from harness.problem import Dataset, DatasetSpec, DeviceData, Problem, TrainingView
+from harness.model import CanSimulate, LatentModel
+from harness.options import UserError
+from harness.problem import (
+    DataError,
+    Dataset,
+    DatasetSpec,
+    DeviceData,
+    Problem,
+    TrainingView,
+    check_data,
+    check_suited,
+)
 from harness.seeding import Streams
 from harness.testing.exact import check_exact_answers
 from harness.testing.laws import (
+    ConformanceError,
     check_options,
+    in_single_precision,
     require,
     require_close,
     require_equal,
     require_mean,
     require_shape,
+    require_single,
     untouched,
 )
+from harness.testing.normalisation import require_normalised
 from harness.testing.posteriors import DRAWS, stream
 
 CPU = torch.device("cpu")
@@ -56,6 +70,7 @@ def check_problem(problem: Problem) -> None:
     spec = problem.dataset()
     _check_spec(spec)
     require(problem.dataset().content_hash == spec.content_hash, f"{problem.name}: loading twice gives different data")
+    _check_suited(problem)
     data = DeviceData.place(spec, CPU, torch.float64)
     with untouched(f"{problem.name}: training_view"):
         view = problem.training_view(data, Streams(0, problem.label, "one-method", CPU))
@@ -64,22 +79,23 @@ def check_problem(problem: Problem) -> None:
         require_equal(other.model.state_dict()[key], tensor, f"{problem.name}: initial {key!r} for two methods")
     _check_trunks(view)
     _check_model(view.model, view.validation[:3])
+    data = DeviceData.place(spec, CPU, torch.float32)
+    view = problem.training_view(data, Streams(0, problem.label, "one-method", CPU))
+    _check_single_precision(view.model, view.validation[:3])
 
 
 def _check_spec(spec: DatasetSpec) -> None:
-    for name, array in (("train", spec.train), ("validation", spec.validation), ("test", spec.test)):
-        what = f"{spec.name}: {name}"
-        require(len(array) > 0, f"{what} is empty")
-        require(array.shape[1:] == spec.event_shape, f"{what}: shape {array.shape[1:]}, train has {spec.event_shape}")
-        require(bool(np.isfinite(array).all()), f"{what}: not finite")
-        scaled = array / spec.levels if spec.levels else array
-        if spec.binarisation != "none":
-            inside = scaled.min() >= 0 and scaled.max() <= 1
-            require(bool(inside), f"{what}: probabilities from {scaled.min()} to {scaled.max()}; are the levels right?")
-        if spec.binarisation == "static":
-            require(bool(np.isin(scaled, (0, 1)).all()), f"{what}: said to be binary already, but it is not")
-    if spec.test_labels is not None:
-        require(len(spec.test_labels) == len(spec.test), f"{spec.name}: test_labels must have one entry per test image")
+    try:
+        check_data(spec)
+    except DataError as error:
+        raise ConformanceError(str(error)) from None
+
+
+def _check_suited(problem: Problem) -> None:
+    try:
+        check_suited(problem)
+    except (DataError, UserError) as error:
+        raise ConformanceError(str(error)) from None
 
 
 def _check_trunks(view: TrainingView) -> None:
@@ -98,7 +114,7 @@ def _check_model(model: LatentModel, x: Tensor) -> None:
     require_shape(prior, (DRAWS, model.latent_dim), "sample_prior")
     require_equal(model.sample_prior(DRAWS, stream(0)), prior, "sample_prior from the same generator twice")
     require_shape(model.log_prior(prior), (DRAWS,), "log_prior")
-    _check_prior_normalises(model, prior)
+    require_normalised(partial(_prior_draws, model), model.log_prior, 5, "log_prior")
     _check_likelihood(model, x if len(x) > 1 else x.expand(3, *x.shape[1:]))
     if isinstance(model, CanSimulate):
         z = model.sample_prior(2, stream(1))
@@ -106,6 +122,25 @@ def _check_model(model: LatentModel, x: Tensor) -> None:
         require_shape(model.sample_observation(z, stream(2)), (2, *x.shape[1:]), "sample_observation")
         _check_simulation(model)
     check_exact_answers(model, x)
+
+
+@torch.no_grad()
+def _check_single_precision(model: LatentModel, x: Tensor) -> None:
+    """What a run in float32 asks of the model is finite and of that precision."""
+    with in_single_precision("sample_prior"):
+        z = model.sample_prior(DRAWS, stream(0))
+    require_single(z, (DRAWS, model.latent_dim), "sample_prior")
+    with in_single_precision("log_prior"):
+        log_prior = model.log_prior(z)
+    require_single(log_prior, (DRAWS,), "log_prior")
+    with in_single_precision("log_likelihood"):
+        log_likelihood = model.log_likelihood(x, z[:6, None])
+    require_single(log_likelihood, (6, len(x)), "log_likelihood")
+    if isinstance(model, CanSimulate):
+        with in_single_precision("mean and sample_observation"):
+            mean, observed = model.mean(z[:2]), model.sample_observation(z[:2], stream(2))
+        require_single(mean, (2, *x.shape[1:]), "mean")
+        require_single(observed, (2, *x.shape[1:]), "sample_observation")
 
 
 @torch.no_grad()
@@ -124,11 +159,9 @@ def _check_simulation(model: Any) -> None:
         )
 
 
-def _check_prior_normalises(model: LatentModel, prior: Tensor) -> None:
-    """E_p[g / p] = 1 for a Gaussian g that is narrower than the prior."""
-    sd, mean = torch.std_mean(prior, dim=0)
-    ratio = torch.exp(log_normal(prior, mean, torch.log(0.7 * sd)) - model.log_prior(prior))
-    require_mean(ratio[:, None], 1.0, "log_prior does not integrate to 1")
+def _prior_draws(model: LatentModel, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    z = model.sample_prior(n, generator)
+    return z, model.log_prior(z)
 
 
 def _check_likelihood(model: LatentModel, x: Tensor) -> None:

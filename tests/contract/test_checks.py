@@ -253,6 +253,31 @@ class LeavesDouble(SharedScale):
         return SharedScale.fit(self, view, run)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DoubleConstant(SharedScale):
+    """What is wrong where runs are in single precision, as they are by default, shows in no check in double."""
+
+    def losses(self, modules: Modules, x: Tensor, noise: Noise) -> dict[str, Tensor]:
+        eps = noise["eps"] + torch.zeros(noise["eps"].shape, dtype=torch.float64)
+        return {"negative_elbo": loss(self, modules, x, {"eps": eps})}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoubleDraws(SharedScale):
+    def posterior(self, modules: Modules) -> Any:
+        return altered(modules, sample=lambda own, x, n, generator: own.sample(x, n, generator).double())
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoubleDensity(SharedScale):
+    def posterior(self, modules: Modules) -> Any:
+        def double(own: Any, x: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+            z, log_q = own.sample_and_log_prob(x, n, generator)
+            return z, log_q.double()
+
+        return altered(modules, sample_and_log_prob=double)
+
+
 class Forgetful(Checkpoint):
     """Does not give back what Adam knew."""
 
@@ -345,6 +370,9 @@ def altered(modules: Modules, **methods: Any) -> Any:
         (TakesTooLong, "took 1000 steps with a budget of 5"),
         (UsesGlobalNumpy, "changes numpy's global generator"),
         (LeavesDouble, "changes torch's default dtype"),
+        (DoubleConstant, "fit in float32, as runs are unless another precision is asked for: .* same dtype"),
+        (DoubleDraws, "Posterior.sample: expected float32 in a run in float32, got torch.float64"),
+        (DoubleDensity, "log density of Posterior draws: expected float32 in a run in float32, got torch.float64"),
         (ForgetsWhenInterrupted, "in one go and one that was interrupted.* expected the same numbers bit for bit"),
         (GetsNowhere, "stopped at each checkpoint, does not come to an end"),
         (LeavesParameters, "changes Pyro's parameters"),
@@ -370,6 +398,21 @@ class LooseLikelihood(DecoderModel):
 class WidePrior(DecoderModel):
     def log_prior(self, z: Tensor) -> Tensor:
         return super().log_prior(z) - math.log(2)
+
+
+class DoubleLikelihood(DecoderModel):
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        return super().log_likelihood(x, z) + torch.zeros(len(x), dtype=torch.float64)
+
+
+class DoubleWeights(DecoderModel):
+    def log_prior(self, z: Tensor) -> Tensor:
+        return super().log_prior(z @ torch.eye(z.shape[-1], dtype=torch.float64))
+
+
+class SlightlyWidePrior(DecoderModel):
+    def log_prior(self, z: Tensor) -> Tensor:
+        return super().log_prior(z) - math.log(1.05)
 
 
 class ShiftedSimulator(DecoderModel):
@@ -398,6 +441,8 @@ class FaultyProblem(SmallProblem):
             return replace(spec, test=spec.test * 0.5)
         if self.fault == "levels":
             return replace(spec, train=spec.train * 255, binarisation="dynamic")
+        if self.fault == "real":
+            return replace(spec, train=2 * spec.train - 1, binarisation="none")
         if self.fault == "nan":
             return replace(spec, validation=spec.validation * np.nan)
         return replace(spec, test=spec.test[:, :1]) if self.fault == "shape" else spec
@@ -406,6 +451,9 @@ class FaultyProblem(SmallProblem):
         faulty: dict[str, type[DecoderModel]] = {
             "joint": LooseLikelihood,
             "prior": WidePrior,
+            "prior by 5 %": SlightlyWidePrior,
+            "double": DoubleLikelihood,
+            "double weights": DoubleWeights,
             "simulated mean": ShiftedSimulator,
             "simulated noise": CorrelatedSimulator,
         }
@@ -424,12 +472,16 @@ def recast(spec: ModelSpec, event_shape: tuple[int, ...], cls: type[DecoderModel
 @pytest.mark.parametrize(
     ("fault", "law"),
     [
-        ("grey", "test: said to be binary already, but it is not"),
-        ("levels", "probabilities from 0.0 to 255.0; are the levels right"),
-        ("nan", "validation: not finite"),
-        ("shape", r"test: shape \(1, 3\), train has \(2, 3\)"),
+        ("grey", "test has values besides 0 and 1, but binarisation='static'"),
+        ("levels", r"values from 0.0 to 255.0, but binarisation='dynamic' needs probabilities in \[0, 1\]"),
+        ("nan", "validation has values that are not finite"),
+        ("shape", r"test has observations of shape \(1, 3\), train of \(2, 3\)"),
         ("joint", "log_joint and log_likelihood \\+ log_prior: differ by up to 1"),
-        ("prior", "log_prior does not integrate to 1"),
+        ("prior", "log_prior does not integrate to 1 where its draws are, but to about 0.50"),
+        ("prior by 5 %", "log_prior does not integrate to 1 where its draws are, but to about 0.95"),
+        ("real", r"train has values from -1.0 to 1.0, but a Bernoulli likelihood needs values in \[0, 1\]"),
+        ("double", "log_likelihood: expected float32 in a run in float32, got torch.float64"),
+        ("double weights", "log_prior in float32, as runs are unless another precision is asked for: "),
         ("simulated mean", "sample_observation against mean: off by"),
         ("simulated noise", r"of x that sample_observation draws from p\(x\|z\): off by"),
     ],
