@@ -152,6 +152,7 @@ def _stored(
     try:
         if isinstance(ended, BaseException):
             raise ended
+        _check_draws(ended, job)
         facts |= _spent(ended, run.clock)
         state = _arrays_of(ended)
         curve = [dataclasses.asdict(point) for point in run.curve]
@@ -173,6 +174,26 @@ def _stored(
     if outcome.status != "failed":  # what failed may be tried again from where it was
         store.remove_checkpoint(job.job_id)
     return outcome, None
+
+
+def _check_draws(fit: Fit, job: Job) -> None:
+    """See that the posterior draws what all that measures it relies on, from a stream that nothing else reads.
+
+    Raises:
+        ValueError: If it does not.
+    """
+    x, n = job.data().test[:2], 3
+    stream = torch.Generator(device=job.device)
+    stream.manual_seed(derive("draws", job.job_id))
+    with isolated(derive("draws", job.job_id)), torch.no_grad():
+        z: object = fit.posterior.sample(x, n, stream)
+    expected = f"{job.dtype} of shape {(n, len(x), fit.model.latent_dim)}"
+    got = f"{z.dtype} of shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"a {type(z).__name__}"
+    if got != expected:
+        raise ValueError(
+            f"{job.method.name}: its posterior's sample(x, n={n}, generator) must return (n, N, D), for x of {len(x)} "
+            f"observations {expected}; got {got}"
+        )
 
 
 def _pictures(fit: Fit, job: Job) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,11 +27,12 @@ from harness.evaluator import EvaluationRun, Evaluator, Measurement
 from harness.method import Fit
 from harness.options import UserError
 from harness.planning import resolve
+from harness.posterior import Posterior
 from harness.problem import DataError, Problem, loaded, placed
 from harness.record import COLUMNS, TIMING_COLUMNS
 from harness.store import Store
 from harness.training import Modules, Noise
-from harness_plugins.vae import VAE
+from harness_plugins.vae import VAE, GaussianPosterior
 
 METHODS = "avb[noise_dim=4],vae"
 SMALL = {"problems": "four-points", "seeds": 2, "budget": "steps=30", "evaluators": "exact,reconstruction"}
@@ -229,7 +231,7 @@ def test_options_and_budget_make_other_jobs(tmp_path: Path) -> None:
 PLUGIN = """
 from dataclasses import dataclass
 import harness
-from harness_plugins.vae import VAE
+from harness_plugins.vae import VAE, GaussianPosterior
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -418,6 +420,54 @@ def test_a_method_that_exits_is_a_failed_row(tmp_path: Path) -> None:
 
     records = harness.compare([Exiting(), "vae"], out=tmp_path, **{**SMALL, "seeds": 1, "evaluators": "exact"})
     assert records.groupby("method")["status"].first().to_dict() == {"exiting": "failed", "vae": "ok"}
+
+
+class Misdrawn(GaussianPosterior):
+    """Draws of another form."""
+
+    def __init__(self, encoder: Any, form: str) -> None:
+        super().__init__(encoder)
+        self.form = form
+
+    def sample(self, x: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        z = super().sample(x, n, generator)
+        forms: dict[str, Any] = {"swapped": z.transpose(0, 1), "first": z[0], "double": z.double(), "none": None}
+        return forms[self.form]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Misdrawing(VAE):
+    name: str = "misdrawing"
+    form: str = ""
+
+    def posterior(self, modules: Modules) -> Posterior:
+        return Misdrawn(modules["encoder"], self.form)
+
+
+def test_draws_of_another_shape_or_precision_are_told_before_a_fit_is_stored(tmp_path: Path) -> None:
+    got = {
+        "swapped": "torch.float32 of shape (2, 3, 2)",
+        "first": "torch.float32 of shape (2, 2)",
+        "double": "torch.float64 of shape (3, 2, 2)",
+        "none": "a NoneType",
+    }
+    methods = [*(Misdrawing(form=form) for form in got), "vae"]
+    records = harness.compare(methods, out=tmp_path, **{**SMALL, "seeds": 1, "evaluators": "reconstruction"})
+    told = (
+        "ValueError: misdrawing: its posterior's sample(x, n=3, generator) must return (n, N, D), for x of 2 "
+        "observations torch.float32 of shape (3, 2, 2); got "
+    )
+    wrong = records[records["method"] == "misdrawing"]
+    assert set(wrong["status"]) == {"failed"}
+    assert set(wrong["reason"]) == {told + each for each in got.values()}
+    assert not any(Store(tmp_path).has_fit(job_id) for job_id in wrong["job_id"])
+    assert records[records["method"] == "vae"]["status"].tolist() == ["ok"]
+
+
+def test_draws_for_one_observation_are_looked_at_too(tmp_path: Path) -> None:
+    options = {"problems": "banana", "seeds": 1, "budget": "steps=5", "evaluators": "elbo"}
+    records = harness.compare("nuts[chains=2,warmup=5,draws=5],vae", out=tmp_path, **options)
+    assert all(Store(tmp_path).has_fit(job_id) for job_id in records["job_id"])
 
 
 def test_editing_what_a_plugin_derives_from_makes_its_fits_stale() -> None:
