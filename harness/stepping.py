@@ -41,8 +41,8 @@ FIRST_UPDATES = 100  # by auto: a fit of few steps is over before a recording wo
 CLOSE = {False: 1e-3, True: 1e-2}  # whether products are of 8 bits; compiled sums are in another order
 GRADIENTS_CLOSE = 0.1  # of their norm: they are sums of what cancels
 REMEDY = (
-    "what changes from step to step must be in buffers of the modules, and what is drawn in noise(); neither x nor noise "
-    "may be changed in place; --step eager does without recording"
+    "what changes from step to step must be in buffers of the modules, and what is drawn in noise(); neither x nor "
+    "noise may be changed in place; --step eager does without recording"
 )
 
 
