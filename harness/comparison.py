@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from harness.audience import Progress
 from harness.evaluator import Evaluator
-from harness.executing import execute, limited, stopping
+from harness.executing import execute, limited, records_of, stopping
 from harness.executor import Executor
 from harness.executors.workers import sent
 from harness.job import Job
@@ -143,6 +143,16 @@ def plan(methods: Selection, *arguments: Any, out: str | Path = DEFAULT_OUT, **a
     """
     found, store = planned(methods, *arguments, out=out, **asked), Store(out)
     return [found.planned(job, store) for job in found.jobs]
+
+
+def stored(methods: Selection, *arguments: Any, out: str | Path = DEFAULT_OUT, **asked: Any) -> pd.DataFrame:
+    """The records that `compare` with the same arguments has made so far; it runs nothing.
+
+    Raises:
+        UserError: For any mistake in the arguments.
+    """
+    comparison = planned(methods, *arguments, out=out, **asked)
+    return records_of(comparison, Store(out).records(job.job_id for job in comparison.jobs))
 
 
 def planned(

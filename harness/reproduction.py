@@ -14,7 +14,7 @@ import pandas as pd
 
 from harness import environment
 from harness.audience import Progress
-from harness.comparison import compare, executor_of, plan
+from harness.comparison import compare, executor_of, plan, stored
 from harness.executing import stopping
 from harness.executor import Executor
 from harness.experiment import Experiment, Scale, Suite
@@ -136,23 +136,28 @@ def run(
         plan(**_arguments(suite, numbers, folder), **common)
     ran: dict[str, Ran] = {}
 
-    def results() -> Results:
+    def results(so_far: str = "") -> Results:
         return Results(
-            title=f"{chosen.label}, scale {at}",
+            title=f"{chosen.label}, scale {at}{so_far}",
             repeat=_command(chosen, at, numbers, common),
             contents=chosen.contents(at),
             ran=ran,
             versions=_versions(folder, ran),
         )
 
+    def keep(suite: Suite, records: pd.DataFrame) -> None:
+        named, store = _named(records, suite, registry), Store(folder / suite.name)
+        ran[suite.name] = Ran(suite=suite, records=named, store=store)
+
+    suite = None
     try:
         while suite := _next(chosen, at, ran):
-            records = compare(**_arguments(suite, numbers, folder), **common, stop_after=stop, progress=progress)
-            named, store = _named(records, suite, registry), Store(folder / suite.name)
-            ran[suite.name] = Ran(suite=suite, records=named, store=store)
+            keep(suite, compare(**_arguments(suite, numbers, folder), **common, stop_after=stop, progress=progress))
     except Stopped:  # its time is up
+        if suite and not (begun := stored(**_arguments(suite, numbers, folder), **common)).empty:
+            keep(suite, begun)
         if ran:
-            write(results(), folder)
+            write(results(", stopped before its end"), folder)
         raise
     found = results()
     return Reproduction(results=found, records=_all(ran), folder=folder, report=write(found, folder))

@@ -51,11 +51,11 @@ class Trials:
         )
 
     def best(self, done: Done) -> dict[str, str]:
-        """Method -> its best run; empty if there are no results, or if a method has no run of which no seed failed."""
+        """Method -> its best run, of those of which no seed failed; without the methods that have none."""
         if self.name not in done:
             return {}
         found = {method: self._best(done[self.name], runs) for method, runs in self.settings.items()}
-        return found if all(found.values()) else {}
+        return {method: run for method, run in found.items() if run}
 
     def _best(self, records: pd.DataFrame, runs: Sequence[str]) -> str:
         means: dict[str, float] = {}
@@ -74,7 +74,8 @@ class Trials:
             columns=columns,
             lines=[Line(label=text, suite=self.name, run=text) for text in self.suite.methods],
             about=f"What was tried: as many settings for each method, {self.budget}, with seeds that the other tables "
-            f"do not use. The setting of each method with the {highest} mean in the first column is in these.",
+            f"do not use. The setting of each method with the {highest} mean in the first column, of those of which no "
+            "seed failed, is in these; a method that has none is not.",
         )
 
 

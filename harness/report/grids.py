@@ -147,7 +147,8 @@ def _kind(estimate: Estimate) -> str:
 ABOUT_CONTRASTS = (
     "difference: mean over the seeds and observations that both have, paired, ± its standard error; a statement is "
     "observed if it is above zero by more than the margin: two standard errors (more for few seeds) and the certified "
-    "gap of log p(x) by annealing, or the floor of an estimator that has one"
+    "gap of log p(x) by annealing, or the floor of an estimator that has one; each is judged by itself: where there is "
+    "no difference, about one in 22 is observed, or its opposite, by chance"
 )
 
 

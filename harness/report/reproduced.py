@@ -18,7 +18,7 @@ import pandas as pd
 
 from harness import readings, statistics
 from harness.experiment import Column, Contents, Contrast, Line, Suite
-from harness.report.build import exceeding, method_rows
+from harness.report.build import exceeding, method_rows, mixed
 from harness.report.tables import MethodRow, asks_for_certificates, certified_reach
 from harness.report.trust import LOG_LIKELIHOOD, ValuesOf, of_seeds
 from harness.statistics import DENSITY_RATIO, LOWER_BOUNDS, SIMULATED, STANDARD_ERRORS, Difference, Estimate, Row
@@ -165,10 +165,22 @@ def outcome(contrast: Contrast, results: Results) -> Outcome:
         contrast=contrast,
         difference=difference,
         reach=_reach(contrast, measured),
-        obstacle=_obstacle((first, second), (a, b), difference),
+        obstacle=_obstacle((first, second), (a, b), difference) or _of_clocks(lines, (first, second), results),
         metric=a.metric,
         unit=a.unit,
     )
+
+
+def _of_clocks(lines: Sequence[Line], rows: Sequence[MethodRow], results: Results) -> str:
+    """What forbids to compare fits whose budget is a time: there these are no equal budgets."""
+    if not any(results.ran[line.suite].suite.budget.startswith("seconds=") for line in lines):
+        return ""
+    disturbed = [row.label for row in rows if row.untimed]
+    if disturbed:
+        return f"not every fit of {' and '.join(disturbed)} had its seconds for itself, on one machine"
+    records = {line.label: results.records_of(line) for line in lines}
+    differing = [column for column in ("hardware", "threads") if column in mixed(records)]
+    return f"fits of so many seconds have other {' and '.join(differing)}" if differing else ""
 
 
 def _reach(contrast: Contrast, measured: Measured) -> float:

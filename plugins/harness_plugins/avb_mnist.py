@@ -100,7 +100,7 @@ def _settings(scale: Scale, latent_dim: int, problem: str) -> Mapping[str, str] 
         return {
             "vae": f"vae[{common}]",
             "iaf": f"iaf[{common},flows=8]",
-            "avb": f"avb[{common},adversary_lr=2e-4,noise_dim=16,clip_norm=0]",
+            "avb": f"avb[{common},adversary_lr=2e-4,noise_dim={64 if large else 16},clip_norm=0]",
             "avb-ac": f"avb-ac[{common},adversary_lr=2e-4,{contrast},offset=-5,clip_norm=0]",
         }
     return Trials(
@@ -213,8 +213,10 @@ SETTINGS: dict[Scale, str] = {
     "paper": (
         "conv1 networks, batch 64, learning rates 1e-4 and, for adversaries, 2e-4 without decay, and 2,500,000 steps, "
         "as in the released configurations before August 2017; the numbers of basis functions and of their noise are "
-        "those of later configurations, of other networks. Discriminators have a quarter of the released ones' "
-        "channels and halve the images in each layer, since those take seconds a step on a CPU."
+        "those of later configurations, of other networks. AVB without adaptive contrast has noise of 16 dimensions "
+        "for 8 latent ones and of 64 for 32, as of less than these its posterior would have no density. "
+        "Discriminators have a quarter of the released ones' channels and halve the images in each layer, since those "
+        "take seconds a step on a CPU."
     ),
 }
 

@@ -157,7 +157,11 @@ REMARKS: dict[Scale, list[str]] = {
     "laptop": [*COMMON, "Fits are 5,000 steps of batch 128 long; those of the released code 100,000 of batch 512."],
     "paper": [
         *COMMON,
-        "Networks, learning rates, batch, steps and noise are those of the released code; nothing was tuned.",
+        "Sizes of networks, learning rates, batch, steps and noise are those of the released code; nothing was tuned.",
+        (
+            "Else networks differ: noise enters every layer of the encoder, and blocks of the discriminator have leaky "
+            "ReLUs before their products, where the released ones have ELUs after them."
+        ),
     ],
 }
 

@@ -112,21 +112,24 @@ def test_a_failed_job_is_told_and_the_rest_goes_on(run: Run) -> None:
 
 
 def test_an_experiment_may_be_split_over_several_runs(run: Run) -> None:
-    """Each gets something done and stops; what suites are done is reported, by the last one all."""
+    """Each gets something done and stops; what is done is reported, of a suite that has only begun too."""
     words = ["reproduce", "tiny-toy[steps=5]", "--scale", "smoke", *PLUGIN, "--seeds", "1", "--out", "here"]
     codes: list[int] = []
     reports: list[bool] = []
+    done: list[int] = []
     while not codes or codes[-1] == 130:
         assert len(codes) < 40
         code, out, err = run(*words, "--stop-after", "1e-9")
         codes.append(code)
         assert ("stopped after 1e-09 seconds" in err) == (code == 130) == (out == "")
         report = Path("here/report.md").read_text() if Path("here/report.md").exists() else ""
-        assert ("suite equal-seconds is not here" in report) == (bool(report) and code == 130)
+        assert (", stopped before its end" in report) == (bool(report) and code == 130)
         reports.append(bool(report))
+        done.append(len(list(Path("here/equal-steps/jobs").glob("*.json"))))
     assert codes[-1] == 0
     assert len(codes) > 3  # two methods, then one method in the first one's seconds
     assert (reports[0], reports[-2]) == (False, True)
+    assert any(report and jobs == 1 for report, jobs in zip(reports, done, strict=True))
     assert {"equal-steps", "equal-seconds"} <= {path.name for path in Path("here").iterdir()}
 
 

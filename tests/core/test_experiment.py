@@ -152,7 +152,8 @@ FOUND = records(
 def test_the_best_trial_has_the_largest_mean_and_has_lost_no_seed() -> None:
     assert trials().best({"trials": FOUND}) == {"avb": "a", "vae": "d"}
     assert trials(lowest=True).best({"trials": FOUND}) == {"avb": "a", "vae": "c"}
-    assert trials(settings={"avb": ["b"], "vae": ["c"]}).best({"trials": FOUND}) == {}
+    assert trials(settings={"avb": ["b"], "vae": ["c"]}).best({"trials": FOUND}) == {"vae": "c"}
+    assert trials(settings={"avb": ["b"], "vae": ["e"]}).best({"trials": FOUND}) == {}
     assert trials(metric="kl_to_posterior").best({"trials": FOUND}) == {}
     assert trials().best({}) == {}
 

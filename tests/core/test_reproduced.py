@@ -42,6 +42,7 @@ class Made:
     """A suite with its store, made of numbers."""
 
     name: str = "steps"
+    budget: str = "steps=100"
     runs: dict[str, None] = dataclasses.field(default_factory=dict)
     facts: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     tables: list[pd.DataFrame] = dataclasses.field(default_factory=list)
@@ -93,7 +94,7 @@ class Made:
 
     def ran(self) -> Ran:
         methods = {run: run for run in self.runs}
-        suite = Suite(name=self.name, problem="digits", methods=methods, evaluators="exact", budget="steps=100")
+        suite = Suite(name=self.name, problem="digits", methods=methods, evaluators="exact", budget=self.budget)
         return Ran(suite=suite, records=self.records(), store=self)
 
 
@@ -172,6 +173,24 @@ def test_the_difference_is_paired_and_its_numbers_are_in_the_sentence_and_the_ta
 
 def test_one_seed_decides_nothing() -> None:
     assert verdict(two_runs(5.0, seeds=1)) == "undecided: one seed"
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({}, ""),
+        ({"timing_valid": False}, "not every fit of avb (steps) had its seconds for itself, on one machine"),
+        ({"threads": 2}, "fits of so many seconds have other threads"),
+        ({"hardware": "Another"}, "fits of so many seconds have other hardware"),
+    ],
+)
+def test_seconds_on_other_clocks_are_no_equal_budget(changed: dict[str, Any], why: str) -> None:
+    made = two_runs(1.0)
+    for facts in made.facts:
+        facts.update(changed if facts["run"] == "avb" else {})
+    assert verdict(made) == "observed"  # at equal steps they are
+    made.budget = "seconds=10"
+    assert verdict(made) == (f"undecided: {why}" if why else "observed")
 
 
 def test_density_ratios_and_numbers_of_different_kinds_are_not_compared() -> None:
