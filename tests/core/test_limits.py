@@ -231,7 +231,7 @@ def test_the_limit_is_of_a_piece_of_the_work_and_not_of_all_of_it() -> None:
     begun = time.monotonic()
     WorkerProcesses(1, Limits(seconds=1.5)).run(_slow, [0.7, 1000.0, 0.1], lambda *said: None, died, Stop())
     assert dead == [1000.0]
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 500  # not the 1000 seconds of the second
 
 
 @pytest.mark.parametrize("limit", [{"time_limit": "10 parsecs"}, {"memory_limit": "-1GiB"}, {"time_limit": True}])
