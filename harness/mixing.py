@@ -22,9 +22,8 @@ from torch import Tensor
 from harness.model import LatentModel, NamesQuantities
 
 TAILS = (0.05, 0.95)
-LARGEST_R_HAT = (
-    1000.0  # of chains that stand still, each somewhere else, it is infinite, or whatever rounding makes of it
-)
+LARGEST_R_HAT = 1000.0
+"""Of chains that stand still, each somewhere else, it is infinite, or whatever rounding makes of it."""
 
 
 def quantities(model: LatentModel, chains: Tensor) -> dict[str, np.ndarray]:

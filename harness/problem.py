@@ -375,10 +375,7 @@ def _check_values(what: str, array: np.ndarray, spec: DatasetSpec) -> None:
     if spec.binarisation == "none":
         return
     top = spec.levels or 1
-    if low < 0 or high > top:
-        after = f" after division by levels={spec.levels}" if spec.levels else ""
-        raise DataError(f"{what} has values from {low!s} to {high!s}, but binarisation={spec.binarisation!r} needs "
-                        f"probabilities in [0, 1]{after}; rescale them, state levels or choose 'none'")  # fmt: skip
+    _check_range(what, array, top, f"binarisation={spec.binarisation!r} needs probabilities", "'none'")
     if spec.binarisation == "static" and not _is_binary(array, top):
         raise DataError(f"{what} has values besides 0 and {top}, but binarisation='static' says that it is binary; "
                         "choose 'dynamic' for probabilities")  # fmt: skip
@@ -402,18 +399,20 @@ def check_suited(problem: Problem) -> None:
     if reason is not None:
         raise UserError(f"{problem.label}: {reason}")
     if getattr(networks, "likelihood", None) == "bernoulli":
-        _check_probabilities(data)
-
-
-def _check_probabilities(data: DatasetSpec) -> None:
-    top = data.levels or 1
-    for name in get_args(SplitName):
-        low, high = getattr(data, name).min(), getattr(data, name).max()
-        if low < 0 or high > top:
-            raise DataError(
-                f"{data.name}: {name} has values from {low!s} to {high!s}, but a Bernoulli likelihood needs values in "
-                "[0, 1]; rescale them, state their levels or choose a Gaussian likelihood"
+        for name in get_args(SplitName):
+            what = f"{data.name}: {name}"
+            _check_range(
+                what, getattr(data, name), data.levels or 1, "a Bernoulli likelihood needs values", "a Gaussian one"
             )
+
+
+def _check_range(what: str, array: np.ndarray, top: int, needs: str, otherwise: str) -> None:
+    """Values are from 0 to ``top``, the one that stands for a probability of 1."""
+    low, high = array.min(), array.max()
+    if low < 0 or high > top:
+        after = f" after division by levels={top}" if top != 1 else ""
+        raise DataError(f"{what} has values from {low!s} to {high!s}, but {needs} in [0, 1]{after}; "
+                        f"rescale them, state levels or choose {otherwise}")  # fmt: skip
 
 
 @lru_cache(maxsize=4)

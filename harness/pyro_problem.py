@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -42,9 +41,9 @@ RUNS = 5  # to see whether it is always the same
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class PyroSpec(PosteriorSpec):
-    """As of other posterior problems; what defines its densities is in two modules more."""
+    """As of other posterior problems; what defines its densities is in one module more."""
 
-    modules: ClassVar[tuple[ModuleType, ...]] = (sys.modules[__name__], pyro_sites)
+    modules: ClassVar[tuple[ModuleType, ...]] = (pyro_sites,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +262,11 @@ class PyroModel(LatentModel):
         return torch.allclose(torch.stack(alone), log_p)
 
     def _can_be_vectorised(self) -> bool:
+        """Whether some latents together have the densities that they have one after another.
+
+        Raises:
+            UserError: If one after another they have other densities every time.
+        """
         z = self.sample_prior(TRIED, generator(self.x.device, "pyro program", self.name, "vectorised"))
         self.vectorised = False
         with seeded(derive("pyro program", self.name, "repeated")):
@@ -281,7 +285,7 @@ class PyroModel(LatentModel):
         return False
 
 
-class Factors(TorchFunctionMode):
+class _FactorsOrNan(TorchFunctionMode):
     """Cholesky factors of matrices that are not positive definite are nan, as of other impossible numbers, no error.
 
     Far from the typical set, where trajectories may come, covariances are not positive definite in floating point.
@@ -310,8 +314,13 @@ def _by_itself(like: Tensor) -> Iterator[None]:
     torch.set_default_dtype(like.dtype)
     device = nullcontext() if like.device.type == "cpu" else like.device
     try:
-        apart = pyro.poutine.block(), pyro.get_param_store().scope(), pyro.validation_enabled(False)
-        with apart[0], apart[1], apart[2], Factors(), device:
+        with (
+            pyro.poutine.block(),
+            pyro.get_param_store().scope(),
+            pyro.validation_enabled(False),
+            _FactorsOrNan(),
+            device,
+        ):
             yield
     finally:
         torch.set_default_dtype(dtype)

@@ -143,7 +143,6 @@ class IAF(WarmUpMethod):
     lr: PositiveFloat = 3e-3
 
     def unfit(self, view: TrainingView) -> str | None:
-        _pyro_classes()  # before the fit's clock starts
         if self.hidden < view.latent_dim:
             return f"hidden={self.hidden}: every latent dimension needs a hidden unit, and there are {view.latent_dim}"
         return super().unfit(view)
