@@ -1,4 +1,4 @@
-"""Timing of phases with the device synchronised at each edge, and peak memory per phase."""
+"""Timing of phases with the device synchronised at each edge, peak memory and the load of others per phase."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 
 from harness.memory import hand_back_freed
+from harness.occupancy import Elsewhere
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 
 
 class Clock:
-    """Seconds and peak bytes of named phases (load, compile, warm-up, fit, measure ...).
+    """Seconds and peak bytes of named phases (load, compile, warm-up, fit, measure ...), and how busy others were.
 
     Peak memory is the device's allocator peak on CUDA. On a CPU it is the process's peak resident set within the phase
     where the kernel lets it be reset (Linux), else the peak since the process started.
@@ -28,6 +29,8 @@ class Clock:
         self.device = device
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
+        self.busy_elsewhere: dict[str, float | None] = {}
+        """Part of the cores' time that other programs had in the latest phase of a name; None for a short one."""
         self._started = 0.0
         self._paused = 0.0
         self._peak = 0
@@ -42,12 +45,14 @@ class Clock:
     def phase(self, name: str) -> Iterator[None]:
         hand_back_freed()
         _reset_peak(self.device)
+        elsewhere = Elsewhere()
         self._started, self._paused, self._peak = self.now(), 0.0, 0
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + self.elapsed()
             self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), self.peak())
+            self.busy_elsewhere[name] = elsewhere.share()
 
     @contextmanager
     def paused(self) -> Iterator[None]:

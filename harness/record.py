@@ -17,9 +17,9 @@ JOB_COLUMNS = (
 MEASUREMENT_COLUMNS = (
     "evaluator metric value kind bounds unit stderr stderr_test n_observations settings"
 ).split()  # fmt: skip
-COST_COLUMNS = (  # of a fit in fit_parts runs: seconds add up, memory is the largest, place and start are the last's
+COST_COLUMNS = (  # of a fit in fit_parts runs: seconds add up, memory is the largest, all else is of the last one
     "fit_seconds fit_steps steps_per_second gradient_evaluations compile_seconds evaluate_seconds peak_memory_bytes "
-    "timing_valid shared_clock fit_parts"
+    "timing_valid shared_clock fit_parts busy_elsewhere"
 ).split()
 PLACE_COLUMNS = (
     "device precision step_mode step_used hardware threads torch_version git_commit git_dirty started_at budget "
@@ -29,7 +29,7 @@ COLUMNS = [*JOB_COLUMNS, *MEASUREMENT_COLUMNS, *COST_COLUMNS, *PLACE_COLUMNS]
 
 TIMING_COLUMNS = [
     "fit_seconds", "steps_per_second", "compile_seconds", "evaluate_seconds", "peak_memory_bytes", "started_at",
-    "fit_parts",
+    "fit_parts", "busy_elsewhere",
 ]  # fmt: skip
 """Columns in which two runs of the same command on one machine may differ."""
 

@@ -298,6 +298,7 @@ def _spent(fit: Fit, clock: Clock) -> Facts:
         "compile_seconds": clock.seconds.get("compile", 0.0),
         "step_used": fit.step_used,
         "peak_memory_bytes": clock.peak_bytes["fit"],
+        "busy_elsewhere": clock.busy_elsewhere["fit"],
     }
 
 

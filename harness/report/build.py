@@ -23,6 +23,8 @@ from harness.statistics import SIMULATED, Difference, Row, Spread
 
 UNIFORM = ("hardware", "threads", "torch_version", "git_commit", "plugin_version")
 """Columns whose values should be the same throughout a table; a note says so where they are not."""
+BUSY = 0.1
+"""Part of the cores' time above which a note says that other programs had it during a fit."""
 
 RunKey = tuple[str, str]
 """Method's name and configuration (JSON)."""
@@ -189,6 +191,7 @@ def _row(label: str, rows: Sequence[Row], values: ValuesOf) -> MethodRow:
         issues=_issues(label, rows),
         together=sorted({row["fit_seconds"] for row in by_seed.values() if row["shared_clock"] and row["fit_seconds"]}),
         untimed=[seed for seed in jobs if not by_seed[seed]["timing_valid"] and not by_seed[seed]["shared_clock"]],
+        busy={int(row["seed"]): row["busy_elsewhere"] for row in timed if (row["busy_elsewhere"] or 0.0) > BUSY},
         evidence=evidence,
         certificates=trust.certificates(rows),
         agreements=trust.agreements(evidence, jobs, values),

@@ -116,7 +116,7 @@ def _notes(spec: Tabulated, measured: Measured, results: Results) -> list[str]:
         *(notes.excess_note(measured.evaluator, row) for row in rows if row.exceeds),
         *(note for row in rows for note in doubts.of_certificate(row, measured.evaluator)),
         *(note for row in rows for note in doubts.of_warnings(row)),
-        *notes.untimed_note(list(rows)),
+        *notes.timing_notes(list(rows)),
         *(notes.mixed_note(*item) for item in mixed({label: rows for label, rows in found.items() if rows}).items()),
         *sources,
     ]

@@ -63,20 +63,23 @@ def notes(table: Table) -> list[str]:
             for row in table.rows
             if row.together
         ),
-        *untimed_note(table.rows),
+        *timing_notes(table.rows),
         *([f"left out: older fits of the same runs ({table.left_out})"] if table.left_out else []),
     ]
 
 
-def untimed_note(rows: Sequence[MethodRow]) -> list[str]:
-    """Whose seconds are not shown, and why; one line, or none."""
+def timing_notes(rows: Sequence[MethodRow]) -> list[str]:
+    """Whose seconds are not shown, and why, and whose are of a machine that had other work to do."""
     disturbed = [row for row in rows if row.untimed]
     named = [
         one_line(row.label) + (f" ({seed_list(row.untimed)})" if len(row.untimed) < len(row.jobs) else "")
         for row in disturbed
     ]
     why = "others ran beside their fits, or these went on under other conditions"
-    return [f"no seconds of {', '.join(named)}: {why}"] if disturbed else []
+    told = [f"no seconds of {', '.join(named)}: {why}"] if disturbed else []
+    busy = [f"{one_line(row.label)} {100 * max(row.busy.values()):.0f} %" for row in rows if row.busy]
+    share = "part of the cores' time that other programs had during fits, whose seconds may be long for that"
+    return told + ([f"{share}: {', '.join(busy)}"] if busy else [])
 
 
 def issues(rows: Sequence[MethodRow]) -> list[tuple[Issue, str]]:

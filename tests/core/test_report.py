@@ -315,6 +315,17 @@ def test_timing_comes_from_valid_rows_only() -> None:
     assert said in printed(store, width=200)
 
 
+def test_other_programs_that_kept_cores_busy_are_told_of() -> None:
+    store = FakeStore()
+    store.fit("avb", 0, -22, busy_elsewhere=0.31)
+    store.fit("avb", 1, -22, busy_elsewhere=0.12)
+    store.fit("vae", 0, -22, busy_elsewhere=0.02)
+    store.fit("iaf", 0, -22, busy_elsewhere=0.9, timing_valid=False)  # of which no seconds are shown
+    avb, vae, iaf = sorted(table_of(store).rows, key=lambda row: ("avb", "vae", "iaf").index(row.label))
+    assert (avb.busy, vae.busy, iaf.busy) == ({0: 0.31, 1: 0.12}, {}, {})
+    assert "seconds may be long for that: avb 31 %\n" in printed(store, width=200)
+
+
 def test_fits_that_shared_a_clock_have_no_time_of_their_own() -> None:
     store = FakeStore()
     for seed in (0, 1):
