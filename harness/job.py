@@ -35,10 +35,11 @@ from harness.evaluator import Evaluator
 from harness.loading import source_name
 from harness.method import Budget, Method, Run
 from harness.precision import Precision, dtype_of, products_of
-from harness.problem import DataError, DeviceData, Problem, TrainingView, class_sources, loaded, placed, source_hash
+from harness.problem import DataError, DeviceData, Problem, TrainingView, loaded, placed
 from harness.record import SCHEMA
 from harness.registry import Plugin
 from harness.seeding import Streams
+from harness.sources import class_sources, source_hash
 from harness.store import Facts, Store
 
 _FIT_SOURCES = (

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
-import sys
 from abc import ABC, abstractmethod
-from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, cached_property, lru_cache
-from pathlib import Path
+from functools import cached_property, lru_cache
 from types import ModuleType
 from typing import Any, ClassVar, Literal, get_args
 
@@ -26,6 +22,7 @@ from harness.model import DecoderModel, LatentModel, LikelihoodName, likelihood_
 from harness.nn import MLP, Activation, EncoderTrunk, InnerProductPairTrunk, ResidualPairTrunk, Trunk
 from harness.options import Configurable, UserError, unknown
 from harness.seeding import Streams, generator
+from harness.sources import class_sources, source_hash
 
 _SHARED_SOURCES: tuple[ModuleType, ...] = (model_module, nn_module)
 
@@ -419,39 +416,3 @@ def _check_range(what: str, array: np.ndarray, top: int, needs: str, otherwise: 
 def placed(problem: Problem, device: torch.device, dtype: torch.dtype) -> DeviceData:
     """The data of a problem on a device, placed once per process and shared by all jobs."""
     return DeviceData.place(loaded(problem), device, dtype)
-
-
-@cache
-def source_hash(thing: object) -> str:
-    """SHA-256 of the source file that defines a class or is a module.
-
-    Raises:
-        TypeError: If the source file cannot be found; its results could not be told from those of an edited version.
-    """
-    try:
-        path = inspect.getsourcefile(thing)  # type: ignore[arg-type]
-        if path is not None:
-            return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError:  # of a class that was typed in
-        pass
-    raise TypeError(f"{thing!r} has no source file, without which its results cannot be identified: put it into one")
-
-
-def remember_sources(thing: object) -> None:
-    """Hash what defines a method, problem or evaluator now that it has been imported, before anybody edits it.
-
-    A process that goes on for days would else execute what it imported under the hash of what is in the file by then.
-    """
-    with suppress(TypeError):  # without a source file: whoever asks for its hash is told
-        class_sources(type(thing))
-        for module in getattr(thing, "modules", ()):
-            source_hash(module)
-
-
-def class_sources(cls: type) -> list[str]:
-    """Hashes of the source files of a class and of all that it derives from, the standard library apart.
-
-    Modules that a plugin imports besides are not seen: what defines results belongs into the classes' own files.
-    """
-    bases = [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in sys.stdlib_module_names]
-    return [source_hash(base) for base in bases]

@@ -19,8 +19,9 @@ from harness.experiment import Experiment
 from harness.loading import PluginError, check_marked, check_prototype, import_file, reason_of
 from harness.method import Method
 from harness.options import Configurable, UserError, configure, parse_selection, several, unknown
-from harness.problem import Dataset, Problem, remember_sources
+from harness.problem import Dataset, Problem
 from harness.record import FROM_FILE
+from harness.sources import remember_sources
 
 T = TypeVar("T", bound=Configurable)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from harness.loading import PluginError, check_prototype
 from harness.options import Configurable, configure
-from harness.problem import source_hash
+from harness.sources import source_hash
 
 STANDARD_ERRORS = 5
 """Streams are fixed, so a check either always passes or always fails; with five standard errors a right plugin fails

@@ -472,7 +472,7 @@ def test_draws_for_one_observation_are_looked_at_too(tmp_path: Path) -> None:
 
 def test_editing_what_a_plugin_derives_from_makes_its_fits_stale() -> None:
     """The key holds the sources of all base classes."""
-    from harness.problem import class_sources, source_hash
+    from harness.sources import class_sources, source_hash
     from harness_plugins.avb import AVB
 
     assert source_hash(VAE) in class_sources(Raising)

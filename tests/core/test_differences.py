@@ -16,6 +16,7 @@ import torch
 import harness
 from harness import job as job_module
 from harness import problem as problem_module
+from harness import sources as sources_module
 from harness.comparison import plan
 from harness.differences import Difference, differences, why
 from harness.job import Job
@@ -232,15 +233,15 @@ def test_the_sources_that_are_noted_are_all_that_the_fit_key_depends_on(monkeypa
         [on] = registry.select("problems", problem)
         plugin = registry.plugin_of("methods", chosen)
         job = Job(on, chosen, 0, Budget("steps", 5), find_device("cpu"), "float32", plugin)
-        used, hashed = set[str](), problem_module.source_hash
+        used, hashed = set[str](), sources_module.source_hash
 
         def noted(thing: object, used: set[str] = used, hashed: Callable[[object], str] = hashed) -> str:
             used.add(hashed(thing)[:16])
             return hashed(thing)
 
         with monkeypatch.context() as patched:
-            patched.setattr(problem_module, "source_hash", noted)
-            patched.setattr(job_module, "source_hash", noted)
+            for module in (problem_module, job_module, sources_module):
+                patched.setattr(module, "source_hash", noted)
             assert job.job_id
         assert used == set(job.sources().values())
         assert used

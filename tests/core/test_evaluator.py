@@ -23,7 +23,8 @@ from harness.files import checksum
 from harness.job import Job
 from harness.method import Fit
 from harness.planning import PlannedJob, resolve
-from harness.problem import Problem, placed, source_hash
+from harness.problem import Problem, placed
+from harness.sources import source_hash
 from harness.store import Store
 from harness_plugins.four_points import FourPoints
 from harness_plugins.vae import VAE

@@ -357,7 +357,7 @@ def test_a_spec_whose_repr_does_not_tell_what_it_is_has_no_hash(part: object) ->
 
 def test_a_class_that_was_typed_in_has_no_source() -> None:
     script = """
-        from harness.problem import class_sources
+        from harness.sources import class_sources
         class Typed: ...
         try:
             class_sources(Typed)

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from harness.options import UserError
-from harness.problem import class_sources
 from harness.registry import Plugin, PluginWarning, Registry
+from harness.sources import class_sources
 
 HEAD = """
 from dataclasses import dataclass

@@ -15,7 +15,8 @@ from harness import convolutions
 from harness.convolutions import map_sizes
 from harness.nn import count_parameters
 from harness.options import UserError, configure
-from harness.problem import DatasetSpec, MLPSpec, ModelSpec, source_hash
+from harness.problem import DatasetSpec, MLPSpec, ModelSpec
+from harness.sources import source_hash
 from harness.specs import Conv0Spec, Conv1Spec, ConvolutionalSpec, NetworksProblem
 from harness_plugins.digits import Digits
 from harness_plugins.npz import ArraysFile
