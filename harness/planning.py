@@ -148,7 +148,7 @@ def resolve(
     precisely, mode = parse_precision(precision), parse_step(step)
     everywhere = Budget.parse(budget) if budget is not None else None
     for problem in chosen_problems:
-        _check(problem)
+        check(problem)
     jobs = [
         Job(
             problem,
@@ -185,7 +185,7 @@ def _one_by_one(job: Job) -> str | None:
     return job.method.one_by_one()
 
 
-def _check(problem: Problem) -> None:
+def check(problem: Problem) -> None:
     """Data that are missing, wrong or not suited, and mistakes in a problem's program, are told before anything runs.
 
     Raises:

@@ -96,15 +96,17 @@ def _of_problem(problem: Problem) -> Facts:
     from harness import model
     from harness.nn import count_parameters
     from harness.options import UserError
+    from harness.planning import check
     from harness.problem import DataError, loaded
 
     yield "default budget", problem.default_budget
-    yield "model", repr(problem.model_spec())
     try:
-        data = loaded(problem)
+        check(problem)
     except (DataError, UserError) as error:  # of one that needs an argument (`file:PATH`), the rest can still be told
-        yield "data", f"not available: {error}"
+        yield "not available", str(error)
         return
+    data = loaded(problem)
+    yield "model", repr(problem.model_spec())
     decoder = problem.model_spec().new_model(data.event_shape)
     offered = _capabilities(model, partial(isinstance, decoder))
     yield "decoder", f"{count_parameters(decoder)} parameters; {offered or 'nothing optional'}"

@@ -248,6 +248,9 @@ def test_a_mistake_in_a_problem_is_one_clear_line(fault: str, message: str, caps
     """Also where another problem of the same command is right."""
     words = ["--methods", "vae", "--plugin", "problem.py", "--problems", f"faulty,faulty[fault={fault}]"]
     assert message in refused(["compare", *words], capsys)
+    assert main(["show", f"faulty[fault={fault}]", "--plugin", "problem.py"]) == 0
+    [told] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not available")]
+    assert message in told
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
