@@ -10,6 +10,7 @@ only cells that matter to some x are halved.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
-from torch.nn import functional as F
 
 from harness import hookimpl
 from harness.estimators import BLOCK_ELEMENTS, SMALLEST_EVENT, posterior_means
@@ -32,7 +32,8 @@ from harness.seeding import generator
 HALF_WIDTH = 16.0  # of the box; a standard normal density falls by 128 nats from its centre to there
 PRIOR_DRAWS, BEYOND_DRAWS = 1000, 3.0  # other priors: so many draws, and the box at least so many times as large
 TOO_HIGH = math.log(2)  # nats; a coarse sum that is further above the next says nothing of what matters
-COARSEST, FIRST_CHECKED = 64, 256  # cells a side: on the first grid, and on the first that may be the last
+COARSEST = 0.5  # side of the first grid's cells; those of the first that may be the last have a quarter of that
+MOST_AT_FIRST, MOST_CELLS = 256, 2**27  # a side of the first grid in two dimensions; in the part that is looked at
 
 
 class NotConverged(ArithmeticError):
@@ -47,7 +48,7 @@ class Exact(Evaluator):
         observations: How many of the fixed scored observations.
         split: Which these are from: ``test``, or ``validation``, to choose settings by.
         tolerance: Quadrature: the largest change of any log p(x) at the last doubling of the grid, nats.
-        points: Quadrature: most cells along one axis.
+        points: Quadrature: most cells along an axis from -16 to 16; a wider box has as many more.
         samples: Draws of z per observation for KL(q(z|x) || p(z|x)) = log p(x) - E_q[log p(x, z) - log q(z|x)].
     """
 
@@ -55,7 +56,7 @@ class Exact(Evaluator):
     observations: PositiveInt = 1000
     split: ScoredSplit = "test"
     tolerance: PositiveFloat = 1e-4
-    points: Annotated[int, Field(ge=FIRST_CHECKED)] = 8192
+    points: Annotated[int, Field(ge=256)] = 8192
     samples: Annotated[int, Field(ge=2)] = 100
 
     def undefined(self, fit: Fit, problem: Problem) -> str | None:
@@ -100,45 +101,46 @@ def _elbo(
 def quadrature(
     model: LatentModel, x: Tensor, tolerance: float = 1e-4, points: int = 8192
 ) -> tuple[Tensor, dict[str, Any]]:
-    """log p(x) by a sum over a grid, in float64 and in constant memory: x (N, *E) -> (N,), nats.
+    """log p(x) by a sum over a grid, in float64 and in bounded memory: x (N, *E) -> (N,), nats.
 
     A cell is left out of the next grid if neither it nor a neighbour matters to any x: all that is left out adds up to
-    less than a hundredth of the tolerance, as seen at its own level. The box reaches to 16 from the origin, or further
-    where draws of a prior that is not standard normal do.
+    less than a hundredth of the tolerance. What a cell may matter is taken from the integrand at its centre and the
+    slope there, up to its border, so that a peak far narrower than a cell is not lost, whatever it is beside the
+    centre. The box reaches to 16 from the origin, or further where draws of a prior that is not standard normal do.
 
     Args:
-        points: Most cells along one axis.
+        points: Most cells along an axis from -16 to 16; a wider box has as many more of the same size.
 
     Returns:
         log p(x), shape (N,), and the settings that it was reached with.
 
     Raises:
-        NotConverged: If log p(x) still changes by more than the tolerance, or is not negligible at the borders.
+        NotConverged: If log p(x) still changes by more than the tolerance, if it is not negligible at the borders, or
+            if that needs more memory than there should be.
     """
     model, x = copy.deepcopy(model).double(), x.double()
-    half_width = _half_width(model, x.device)
-    cells = torch.ones((COARSEST,) * model.latent_dim, dtype=torch.bool, device=x.device)
-    log_p, _ = _sum(model, x, cells, half_width, torch.zeros_like(x.flatten(1)[:, 0]))
+    grid = _Grid.covering(_half_width(model, x.device), model.latent_dim, x.device)
+    log_p, _ = _sum(model, x, grid, torch.zeros_like(x.flatten(1)[:, 0]))
     while True:
-        cells = _halved(cells)
-        refined, relevance = _sum(model, x, cells, half_width, log_p)
+        grid = grid.halved()
+        refined, relevance = _sum(model, x, grid, log_p)
         if bool((refined < log_p - TOO_HIGH).any()):  # a peak near the centre of a wide cell was taken to be as wide
-            _, relevance = _sum(model, x, cells, half_width, torch.minimum(refined, log_p))
-        change, log_p, side = float((refined - log_p).abs().max()), refined, len(cells)
+            _, relevance = _sum(model, x, grid, torch.minimum(refined, log_p))
+        change, log_p = float((refined - log_p).abs().max()), refined
         if not math.isfinite(change):
-            raise Diverged(f"quadrature: log p(x) is not finite with {side} points an axis")
-        if change <= tolerance and side >= FIRST_CHECKED:
+            raise Diverged(f"quadrature: log p(x) is not finite with {grid.side} points an axis")
+        if change <= tolerance and grid.h <= COARSEST / 4:
             break
-        if 2 * side > points:
+        if grid.h / 2 < 2 * HALF_WIDTH / points:
             raise NotConverged(
-                f"quadrature with {side} points an axis still changes log p(x) by {change:.2g} nats, tolerance "
+                f"quadrature with {grid.side} points an axis still changes log p(x) by {change:.2g} nats, tolerance "
                 f"{tolerance:g}; raise points"
             )
-        cells = _relevant(cells, relevance, math.log(tolerance / 100 / len(relevance)) - TOO_HIGH, half_width)
+        grid = grid.relevant(relevance, math.log(tolerance / 100 / len(relevance)) - TOO_HIGH)
     return log_p, {
         "method": "quadrature",
-        "half_width": half_width,
-        "points_per_axis": side,
+        "half_width": grid.half_width,
+        "points_per_axis": grid.side,
         "evaluated_points": len(relevance),
         "largest_change": change,
     }
@@ -154,41 +156,94 @@ def _half_width(model: LatentModel, device: torch.device) -> float:
     return half_width
 
 
-def _sum(model: LatentModel, x: Tensor, cells: Tensor, half_width: float, reference: Tensor) -> tuple[Tensor, Tensor]:
-    """log p(x) as the sum over cells, (N,), and each cell's largest log share of ``reference`` over all x, (C,)."""
-    h = 2 * half_width / len(cells)
-    log_volume = cells.ndim * math.log(h)
+@dataclass(frozen=True, eq=False)
+class _Grid:
+    """Cells of a box that are looked at.
+
+    Args:
+        cells: Which of a part of the box, shape (side, ...) of D axes.
+        start: Where in the box that part begins, in cells, shape (D,).
+        h: Side of a cell.
+    """
+
+    cells: Tensor
+    start: Tensor
+    h: float
+    half_width: float
+
+    @staticmethod
+    def covering(half_width: float, latent_dim: int, device: torch.device) -> _Grid:
+        side = min(round(2 * half_width / COARSEST), MOST_AT_FIRST ** (2 // latent_dim))
+        cells = torch.ones((side,) * latent_dim, dtype=torch.bool, device=device)
+        start = torch.zeros(latent_dim, dtype=torch.int64, device=device)
+        return _Grid(cells, start, 2 * half_width / side, half_width)
+
+    @property
+    def side(self) -> int:
+        """Cells along an axis of the whole box."""
+        return round(2 * self.half_width / self.h)
+
+    def halved(self) -> _Grid:
+        """The same region in cells of half the side."""
+        cells = self.cells
+        if cells.numel() * 2**cells.ndim > MOST_CELLS:
+            raise NotConverged(
+                f"quadrature: {self.side} points an axis of the box from -{self.half_width:g} to {self.half_width:g} "
+                "are too few, and more take too much memory"
+            )
+        for axis in range(cells.ndim):
+            cells = cells.repeat_interleave(2, dim=axis)
+        return dataclasses.replace(self, cells=cells, start=2 * self.start, h=self.h / 2)
+
+    def relevant(self, relevance: Tensor, threshold: float) -> _Grid:
+        """Cells whose relevance, shape (C,), is above the threshold, and all their neighbours.
+
+        Raises:
+            NotConverged: If a cell at the border of the box is relevant.
+        """
+        kept = torch.zeros_like(self.cells)
+        kept[self.cells] = relevance > threshold
+        found = kept.nonzero()
+        first, last = found.amin(0) + self.start, found.amax(0) + self.start
+        if bool((first == 0).any() or (last == self.side - 1).any()):
+            raise NotConverged(f"quadrature: the integrand is not negligible at {self.half_width:g} from the origin")
+        start = first - 1
+        part = torch.zeros((last - first + 3).tolist(), dtype=torch.bool, device=kept.device)
+        part[tuple((found + self.start - start).T)] = True
+        for axis in range(part.ndim):
+            n = part.shape[axis]
+            below, above = part.narrow(axis, 0, n - 1), part.narrow(axis, 1, n - 1)
+            wider = part.clone()
+            wider.narrow(axis, 1, n - 1).logical_or_(below)
+            wider.narrow(axis, 0, n - 1).logical_or_(above)
+            part = wider
+        return dataclasses.replace(self, cells=part, start=start)
+
+
+def _sum(model: LatentModel, x: Tensor, grid: _Grid, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(x) as the sum over cells, (N,), and how large a log share of ``reference`` each may have, (C,).
+
+    That is the largest over all x, with the highest density in the cell by the tangent at its centre, which no
+    log-concave one exceeds.
+    """
+
+    def log_joint(z: Tensor) -> Tensor:
+        return model.log_likelihood(x, z[:, None]) + model.log_prior(z)[:, None]
+
+    dimensions, step = grid.cells.ndim, grid.h / 1024
+    log_volume = dimensions * math.log(grid.h)
     log_p = torch.full_like(reference, -math.inf)
     relevance: list[Tensor] = []
-    for part in cells.nonzero().split(max(1, BLOCK_ELEMENTS // max(x.numel() // len(x), len(x), SMALLEST_EVENT))):
-        z = (part.to(x.dtype) + 0.5) * h - half_width
-        log_joint = model.log_likelihood(x, z[:, None]) + model.log_prior(z)[:, None] + log_volume
-        log_p = torch.logaddexp(log_p, log_joint.logsumexp(0))
-        relevance.append((log_joint - reference).amax(1))
+    for part in grid.cells.nonzero().split(max(1, BLOCK_ELEMENTS // max(x.numel() // len(x), len(x), SMALLEST_EVENT))):
+        z = ((part + grid.start).to(x.dtype) + 0.5) * grid.h - grid.half_width
+        centre = log_joint(z)
+        log_p = torch.logaddexp(log_p, centre.logsumexp(0) + log_volume)
+        highest = centre + log_volume
+        for direction in torch.eye(dimensions, dtype=z.dtype, device=z.device):
+            rise = (log_joint(z + step * direction) - centre).abs() * (grid.h / 2 / step)
+            highest += rise.nan_to_num(0.0, math.inf)  # outside of the support there is none
+        relevance.append((highest - reference).nan_to_num(math.inf, math.inf, -math.inf).amax(1))
     return log_p, torch.cat(relevance)
-
-
-def _relevant(cells: Tensor, relevance: Tensor, threshold: float, half_width: float) -> Tensor:
-    """Cells whose relevance, shape (C,), is above the threshold, and all their neighbours.
-
-    Raises:
-        NotConverged: If a cell at the border is relevant.
-    """
-    kept = torch.zeros_like(cells)
-    kept[cells] = relevance > threshold
-    border = torch.ones_like(cells)
-    border[(slice(1, -1),) * cells.ndim] = False
-    if bool((kept & border).any()):
-        raise NotConverged(f"quadrature: the integrand is not negligible at {half_width:g} from the origin")
-    pool = F.max_pool1d if cells.ndim == 1 else F.max_pool2d
-    return pool(kept.float()[None, None], kernel_size=3, stride=1, padding=1)[0, 0].bool()
-
-
-def _halved(cells: Tensor) -> Tensor:
-    """The same region in cells of half the side."""
-    for axis in range(cells.ndim):
-        cells = cells.repeat_interleave(2, dim=axis)
-    return cells
 
 
 @hookimpl

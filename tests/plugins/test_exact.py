@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import Cauchy, Distribution, Normal
 
 from harness.evaluator import EvaluationRun
 from harness.method import Diverged, Fit
@@ -52,28 +53,68 @@ def test_narrow_posteriors_are_found_wherever_the_first_cells_are(oracle_of, lat
     torch.testing.assert_close(log_p, oracle.model.double().log_evidence(oracle.x.double()), rtol=0, atol=1e-4)
 
 
-class WidePrior(LatentModel):
-    """z ~ N(0, 20^2), x ~ N(|z - 4|, 0.2^2): of x = 14 the posterior has modes at -10 and at 18."""
+class TwoModes(LatentModel):
+    """x ~ N(|z - at|, noise^2) in each dimension: of each x the posterior has modes on both sides of ``at``."""
 
-    latent_dim = 1
+    def __init__(self, prior: Distribution, at: float, noise: float, latent_dim: int = 1) -> None:
+        super().__init__()
+        self.prior, self.at, self.noise, self.latent_dim = prior, at, noise, latent_dim
 
     def sample_prior(self, n: int, generator: torch.Generator) -> Tensor:
-        return 20 * torch.randn(n, 1, generator=generator, dtype=torch.float64)
+        u = torch.rand(n, self.latent_dim, generator=generator, dtype=torch.float64)
+        return self.prior.icdf(u)
 
     def log_prior(self, z: Tensor) -> Tensor:
-        return torch.distributions.Normal(0.0, 20.0).log_prob(z).sum(-1)
+        return self.prior.log_prob(z).sum(-1)
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        return torch.distributions.Normal((z - 4).abs(), 0.2).log_prob(x).sum(-1)
+        return Normal((z - self.at).abs(), self.noise).log_prob(x).sum(-1)
+
+    def evidence(self, x: Tensor) -> Tensor:
+        """log p(x) by a sum of many points near the modes, whose distance to ``at`` is x, a dimension at a time."""
+        near = torch.linspace(-9 * self.noise, 9 * self.noise, 20_001, dtype=torch.float64)
+        terms = [
+            self.prior.log_prob(self.at + side * (x + near[:, None, None]))
+            + Normal(0.0, self.noise).log_prob(near)[:, None, None]
+            for side in (-1, 1)
+        ]
+        return (torch.cat(terms).logsumexp(0) + torch.log(near[1] - near[0])).sum(-1)
 
 
-def test_the_box_is_as_wide_as_the_prior() -> None:
-    model, x = WidePrior(), torch.tensor([[14.0], [3.0]], dtype=torch.float64)
+@pytest.mark.parametrize(
+    ("prior", "at", "noise"),
+    [
+        (Normal(0.0, 20.0), 4.0, 0.2),
+        (Normal(0.0, 20.0), 1.0, 0.3),
+        (Normal(0.0, 50.0), 0.5, 0.1),
+        (Normal(0.0, 3.0), 0.3, 0.02),
+        (Cauchy(0.0, 1.0), 0.5, 0.05),
+    ],
+    ids=str,
+)
+def test_both_modes_are_found_whatever_the_prior(prior: Distribution, at: float, noise: float) -> None:
+    """Much of the first grid's cells are wider than a mode, and one is nearer to a centre than the other."""
+    model = TwoModes(prior, at, noise)
+    x = torch.tensor([[5.0], [3.0], [8.13], [11.71]], dtype=torch.float64)
     log_p, settings = quadrature(model, x)
-    z = torch.linspace(-200, 200, 400_001, dtype=torch.float64)[:, None, None]
-    expected = model.log_joint(x, z).logsumexp(0) + math.log(0.001)
-    torch.testing.assert_close(log_p, expected, rtol=0, atol=1e-4)
-    assert settings["half_width"] >= 128
+    torch.testing.assert_close(log_p, model.evidence(x), rtol=0, atol=1e-4)
+    assert settings["half_width"] >= 32
+
+
+@pytest.mark.parametrize("noise", [0.05, 0.02, 0.01])
+def test_four_narrow_modes_of_the_plane_are_found(noise: float) -> None:
+    model = TwoModes(Normal(0.0, 1.0), 0.13, noise, latent_dim=2)
+    x = torch.tensor([[1.0, 0.7], [0.51, 2.1], [1.37, 0.62]], dtype=torch.float64)
+    log_p, settings = quadrature(model, x)
+    torch.testing.assert_close(log_p, model.evidence(x), rtol=0, atol=1e-4)
+    assert settings["evaluated_points"] < 0.05 * settings["points_per_axis"] ** 2
+
+
+def test_a_box_for_which_there_is_no_memory_is_no_answer() -> None:
+    model = TwoModes(Normal(0.0, 1000.0), 0.0, 0.001, latent_dim=2)
+    x = torch.tensor([[1000.0, 1000.0]], dtype=torch.float64)
+    with pytest.raises(NotConverged, match="too much memory"):
+        quadrature(model, x, points=2**20)
 
 
 def four_points(sharpness: float) -> tuple[LatentModel, EvaluationRun]:
