@@ -94,7 +94,7 @@ class StoredCheckpoint(Checkpoint):
             return None
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         self.run.curve[:] = _points(tensors.pop("curve").tolist())
-        self.run.clock.resume(facts["seconds"], facts["peak_bytes"])
+        self.run.clock.resume(facts["seconds"], facts["peak_bytes"], facts.get("busy_elsewhere"))
         self.run.clock.seconds["compile"] = facts["compile_seconds"]
         self._next = facts["seconds"] + EVERY
         self.places = [*facts["places"], *self.places]
@@ -112,7 +112,7 @@ class StoredCheckpoint(Checkpoint):
         clock = self.run.clock
         seconds, began = clock.elapsed(), clock.now()
         spent = {"step": step, "fraction": fraction, "seconds": seconds, "peak_bytes": clock.peak()}
-        spent["compile_seconds"] = clock.seconds.get("compile", 0.0)
+        spent["compile_seconds"], spent["busy_elsewhere"] = clock.seconds.get("compile", 0.0), clock.busy()
         with clock.aside():
             written = self._write(state, {**spent, "places": self.places, "method": dict(state.facts)})
         self._next = seconds + max(EVERY, (clock.now() - began) / COST)

@@ -31,6 +31,8 @@ class Clock:
         self.peak_bytes: dict[str, int] = {}
         self.busy_elsewhere: dict[str, float | None] = {}
         """Part of the cores' time that other programs had in the latest phase of a name; None for a short one."""
+        self._elsewhere = Elsewhere()
+        self._earlier: tuple[float, float | None] = (0.0, None)
         self._started = 0.0
         self._paused = 0.0
         self._peak = 0
@@ -45,14 +47,14 @@ class Clock:
     def phase(self, name: str) -> Iterator[None]:
         hand_back_freed()
         _reset_peak(self.device)
-        elsewhere = Elsewhere()
+        self._elsewhere, self._earlier = Elsewhere(), (0.0, None)
         self._started, self._paused, self._peak = self.now(), 0.0, 0
         try:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + self.elapsed()
             self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), self.peak())
-            self.busy_elsewhere[name] = elsewhere.share()
+            self.busy_elsewhere[name] = self.busy()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -84,9 +86,14 @@ class Clock:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - started
 
-    def resume(self, seconds: float, peak_bytes: int) -> None:
-        """Let the current phase be the continuation of an earlier part that took so much; what it has had is void."""
+    def resume(self, seconds: float, peak_bytes: int, busy: float | None = None) -> None:
+        """Let the current phase be the continuation of an earlier part that took so much; what it has had is void.
+
+        Args:
+            busy: Part of the cores' time that other programs had in the earlier part.
+        """
         self._started, self._paused, self._peak = self.now() - seconds, 0.0, peak_bytes
+        self._elsewhere, self._earlier = Elsewhere(), (seconds, busy)
 
     def elapsed(self) -> float:
         """Seconds of the current phase, pauses apart."""
@@ -95,6 +102,14 @@ class Clock:
     def elapsed_on_host(self) -> float:
         """The same as the host sees it: it does not wait for work queued on the device."""
         return time.perf_counter() - self._started - self._paused
+
+    def busy(self) -> float | None:
+        """Part of the cores' time that other programs have had in the current phase; None if it is short so far."""
+        (before, then), now = self._earlier, self._elsewhere.share()
+        if then is None or now is None:
+            return then if now is None else now
+        seconds = max(self.elapsed(), before)
+        return (then * before + now * (seconds - before)) / seconds
 
     def peak(self) -> int:
         """Peak bytes of the current phase."""

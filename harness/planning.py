@@ -8,7 +8,8 @@ import json
 import logging
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,13 +192,20 @@ def check(problem: Problem) -> None:
     Raises:
         UserError, DataError: If there is one.
     """
-    try:
+    with _mistakes_told(problem):
         check_suited(problem)
         Budget.parse(problem.default_budget)
         _ = problem.spec_hash
+
+
+@contextmanager
+def _mistakes_told(problem: Problem) -> Iterator[None]:
+    """Whatever a problem's author has done wrong becomes an error of one line that says where."""
+    try:
+        yield
     except (UserError, DataError):
         raise
-    except Exception as error:  # whatever a problem's author has done wrong
+    except Exception as error:
         raise UserError(f"problem {problem.label!r}: {reason_of(error)}{_place(error, type(problem))}") from error
 
 
@@ -255,9 +263,11 @@ def rebuilt(registry: Registry, facts: Facts, device: torch.device) -> Job:
         UserError, DataError, TypeError: `UNUSABLE`, if there is none; or later, when it is asked for its id.
     """
     method = registry.prototype("methods", facts["method"])
-    problem = registry.prototype("problems", facts["problem_name"])
+    problem = dataclasses.replace(registry.prototype("problems", facts["problem_name"]), **facts["problem_config"])
+    with _mistakes_told(problem):
+        _ = problem.spec_hash
     return Job(
-        dataclasses.replace(problem, **facts["problem_config"]),
+        problem,
         dataclasses.replace(method, **json.loads(facts["config"])),
         facts["seed"],
         Budget.parse(facts["budget"]),

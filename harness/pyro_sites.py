@@ -28,7 +28,10 @@ def _without_mixture(support: Constraint) -> Constraint:
         return independent(_without_mixture(support.base_constraint), support.reinterpreted_batch_ndims)
     if not isinstance(support, MixtureSameFamilyConstraint):
         return support
-    if any(isinstance(bound, Tensor) for bound in vars(support.base_constraint).values()):
+    component: Any = support.base_constraint
+    while isinstance(component, independent):
+        component = component.base_constraint
+    if any(isinstance(bound, Tensor) for bound in vars(component).values()):
         raise NotImplementedError
     return _without_mixture(support.base_constraint)
 
@@ -125,4 +128,5 @@ def _latent_faults(site: Site) -> Iterator[str]:
         try:
             bijection(distribution)
         except NotImplementedError:
-            yield f"the support of the latent site {name!r} ({distribution.support}) has no known bijection from R^k"
+            support = " ".join(str(distribution.support).split())
+            yield f"the support of the latent site {name!r} ({support}) has no known bijection from R^k"

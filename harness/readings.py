@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import Any, cast
 
 import numpy as np
@@ -136,21 +138,39 @@ def precision(row: Row) -> tuple[Any, ...]:
     return (-int(row["n_observations"] or 0), row["stderr"] or 0.0, row["settings"] or "")
 
 
-def choose(candidates: Sequence[Estimate], metrics: Sequence[str]) -> Estimate | None:
+def choose(candidates: Sequence[Estimate], metrics: Sequence[str], preference: Sequence[str] = ()) -> Estimate | None:
     """What to show for a quantity that has several names: no density ratio if anything else is there.
 
     Never an upper bound on an ELBO: above log p(x) it would look like a scandal and is none. A second opinion only
     where nobody else has one, whatever its kind: it is told beside the first.
+
+    Args:
+        preference: Evaluators, the best first, for what is else alike.
     """
+    rank = {evaluator: i for i, evaluator in enumerate(preference)}
 
     def merit(found: Estimate) -> tuple[Any, ...]:
         ratio, second = found.kind == DENSITY_RATIO, stem(found.evaluator) in SECOND_OPINIONS
-        return second, ratio, metrics.index(found.metric), -found.seeds, _rank(found.kind), found.evaluator
+        known = rank.get(found.evaluator, len(rank))
+        return second, ratio, metrics.index(found.metric), -found.seeds, _rank(found.kind), known, found.evaluator
 
     shown = [found for found in candidates if found.metric in metrics and found.split != SIMULATED]
     return min(
         (found for found in shown if (found.metric, found.kind) != ("elbo", UPPER_BOUND)), key=merit, default=None
     )
+
+
+def preference(methods: Sequence[Sequence[Estimate]], metrics: Collection[str]) -> list[str]:
+    """Evaluators of these metrics: those of most methods first, so that a column is by one of them; then the precise.
+
+    Args:
+        methods: The estimates of each.
+    """
+    errors: dict[str, list[float]] = {}
+    for found in itertools.chain(*methods):
+        if found.metric in metrics:
+            errors.setdefault(found.evaluator, []).append(found.stderr)
+    return sorted(errors, key=lambda evaluator: (-len(errors[evaluator]), fmean(errors[evaluator]), evaluator))
 
 
 def stem(label: str) -> str:

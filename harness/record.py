@@ -17,7 +17,7 @@ JOB_COLUMNS = (
 MEASUREMENT_COLUMNS = (
     "evaluator metric value kind bounds unit stderr stderr_test n_observations settings"
 ).split()  # fmt: skip
-COST_COLUMNS = (  # of a fit in fit_parts runs: seconds add up, memory is the largest, all else is of the last one
+COST_COLUMNS = (  # of a fit in fit_parts runs: seconds add up, memory is the largest, place and start the last's
     "fit_seconds fit_steps steps_per_second gradient_evaluations compile_seconds evaluate_seconds peak_memory_bytes "
     "timing_valid shared_clock fit_parts busy_elsewhere"
 ).split()

@@ -166,7 +166,10 @@ def method_rows(runs: Mapping[str, Sequence[Row]], values: ValuesOf) -> tuple[st
     """The evaluator whose log p(x) is shown for all, and a row for the records under each label, not yet compared."""
     measured = [_row(label, rows, values) for label, rows in runs.items()]
     evaluator = trust.chosen(measured)
-    return evaluator, [_with_shown(row, evaluator, values) for row in measured]
+    columns = {
+        column: readings.preference([row.estimates for row in measured], metrics) for column, metrics in COLUMNS.items()
+    }
+    return evaluator, [_with_shown(row, evaluator, columns, values) for row in measured]
 
 
 def _row(label: str, rows: Sequence[Row], values: ValuesOf) -> MethodRow:
@@ -199,10 +202,10 @@ def _row(label: str, rows: Sequence[Row], values: ValuesOf) -> MethodRow:
     )
 
 
-def _with_shown(row: MethodRow, evaluator: str, values: ValuesOf) -> MethodRow:
-    """The row with what the table's columns show, log p(x) by ``evaluator``."""
+def _with_shown(row: MethodRow, evaluator: str, preference: Mapping[str, Sequence[str]], values: ValuesOf) -> MethodRow:
+    """The row with what the table's columns show, log p(x) by ``evaluator``, the others by whom is preferred."""
     comparable = [found for found in row.estimates if found.metric != "log_likelihood" or found.evaluator == evaluator]
-    shown = {column: readings.choose(comparable, metrics) for column, metrics in COLUMNS.items()}
+    shown = {column: readings.choose(comparable, metrics, preference[column]) for column, metrics in COLUMNS.items()}
     row = dataclasses.replace(row, shown={column: estimate for column, estimate in shown.items() if estimate})
     return dataclasses.replace(row, checks=checks.checked(row, values))
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from harness import readings, statistics
 from harness.readings import stem
-from harness.report.tables import COLUMNS, Checks, MethodRow
+from harness.report.tables import Checks, MethodRow
 from harness.report.trust import ValuesOf, of_seeds, settings
 from harness.statistics import DENSITY_RATIO, LOWER_BOUNDS, SECOND_OPINIONS, UPPER_BOUND, Agreement, Estimate
 
@@ -15,12 +15,12 @@ from harness.statistics import DENSITY_RATIO, LOWER_BOUNDS, SECOND_OPINIONS, UPP
 def checked(row: MethodRow, values: ValuesOf) -> Checks | None:
     """The checks of one method's posterior; None if there are none."""
     second = [found for found in row.estimates if stem(found.evaluator) in SECOND_OPINIONS]
-    own = [found for found in row.estimates if found not in second]
     if not second:
         return None
+    own = row.shown.get("elbo")
     smoothed = _first(second, "smoothed_elbo", LOWER_BOUNDS)
     found = Checks(
-        own=readings.choose(own, COLUMNS["elbo"]),
+        own=None if own in second else own,
         fresh=_first(second, "adversarial_elbo", (DENSITY_RATIO,)),
         upper=_first(second, "elbo", (UPPER_BOUND,)),
         smoothed=smoothed,

@@ -12,8 +12,8 @@ from harness.report import distances, doubts, named, tables
 from harness.report.cells import decimals, one_line
 from harness.report.entries import EXCEEDS, UNTRUSTED, VACUOUS, WARNING, Entry, Panel, entry, error_text, places_of
 from harness.report.tables import Checks, MethodRow, Table
-from harness.report.trust import GAP
-from harness.statistics import FLOOR, SIMULATED, Agreement, Estimate
+from harness.report.trust import GAP, LOG_LIKELIHOOD
+from harness.statistics import FLOOR, SECOND_OPINIONS, SIMULATED, Agreement, Estimate
 
 GAPS = ("approximation_gap", "amortisation_gap", "kl_to_posterior")
 CHAINS = {
@@ -23,7 +23,9 @@ CHAINS = {
     "divergences": ("diver-\ngences", 1),
 }
 """Metric -> heading and decimals."""
-ELSEWHERE = {GAP, "adversarial_kl", "smoothed_elbo", *CHAINS}.union(*tables.COLUMNS.values())
+COLUMNS = set[str]().union(*tables.COLUMNS.values()) - {LOG_LIKELIHOOD}
+"""Metrics of which the main table shows one estimate."""
+ELSEWHERE = {LOG_LIKELIHOOD, GAP, "adversarial_kl", "smoothed_elbo", *CHAINS}
 """Metrics that other tables show, or tell of."""
 
 
@@ -227,7 +229,7 @@ def _of_chains(row: MethodRow, estimate: Estimate | None, metric: str) -> Entry:
 
 def others(table: Table) -> Panel | None:
     """What no other table shows, such as the metrics of a plugin's evaluator; None if there is nothing."""
-    found = [(row, estimate) for row in table.rows for estimate in row.estimates if not _is_elsewhere(estimate, table)]
+    found = [(row, found) for row in table.rows for found in row.estimates if not _is_elsewhere(found, row, table)]
     if not found:
         return None
     keys = list(dict.fromkeys((estimate.evaluator, estimate.metric) for _, estimate in found))
@@ -245,11 +247,13 @@ def others(table: Table) -> Panel | None:
     )
 
 
-def _is_elsewhere(estimate: Estimate, table: Table) -> bool:
+def _is_elsewhere(estimate: Estimate, row: MethodRow, table: Table) -> bool:
     metric, key = estimate.metric, (estimate.evaluator, estimate.metric)
+    second = stem(estimate.evaluator) in SECOND_OPINIONS
+    shown = metric in COLUMNS and (second or estimate in row.shown.values())
     of_gaps = stem(estimate.evaluator) == "gaps" and metric in GAPS
     told = metric in ELSEWHERE or metric.endswith(FLOOR) or estimate.split == SIMULATED
-    return told or of_gaps or key in table.closeness
+    return shown or told or of_gaps or key in table.closeness
 
 
 def _other(row: MethodRow, key: tuple[str, str], places: int) -> Entry:

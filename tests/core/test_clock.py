@@ -47,6 +47,26 @@ def test_phases_of_one_name_add_up(clock: Clock, hand: Hand) -> None:
     assert clock.seconds == {"fit": 5.0, "measure": 7.0}
 
 
+def test_the_load_of_others_is_averaged_over_the_parts_of_a_phase(
+    clock: Clock, hand: Hand, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares: list[float | None] = [0.1]
+    monkeypatch.setattr(clock_module.Elsewhere, "share", lambda self: shares[0])
+    with clock.phase("fit"):
+        clock.resume(30.0, 0, 0.5)
+        hand.advance(10.0)
+    assert clock.busy_elsewhere == {"fit": pytest.approx(0.4)}
+    with clock.phase("fit"):
+        clock.resume(30.0, 0, None)  # by a version that did not know
+        hand.advance(10.0)
+    assert clock.busy_elsewhere == {"fit": pytest.approx(0.1)}
+    shares[0] = None
+    with clock.phase("fit"):
+        clock.resume(30.0, 0, 0.5)
+        hand.advance(0.1)
+    assert clock.busy_elsewhere == {"fit": 0.5}
+
+
 def test_pauses_do_not_count(clock: Clock, hand: Hand) -> None:
     with clock.phase("fit"):
         hand.advance(1.0)

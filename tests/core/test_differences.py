@@ -23,7 +23,7 @@ from harness.job import Job
 from harness.method import Budget
 from harness.options import UserError
 from harness.planning import find_device
-from harness.problem import MLPSpec
+from harness.problem import MLPSpec, loaded
 from harness.registry import Registry
 from harness.store import Facts, Store
 
@@ -153,6 +153,27 @@ def test_a_fit_whose_problem_is_from_a_file_that_is_not_loaded_says_so(store: St
     assert len(harness.data("mine", plugins=["own.py"]).test) == 4
     with pytest.raises(UserError, match="unknown problem 'mine'"):
         harness.data("mine")
+
+
+def test_a_fit_whose_problem_has_a_mistake_today_says_so_and_others_are_measured(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, run: Run
+) -> None:
+    vae = facts_of(store, "vae")
+    store.write_job(vae["job_id"], {**vae, "problem_name": "digits", "problem_config": {}})
+
+    def unreachable(self: object) -> None:
+        raise RuntimeError("no server")
+
+    loaded.cache_clear()
+    [digits] = Registry.discover().select("problems", "digits")
+    monkeypatch.setattr(type(digits), "dataset", unreachable)
+    with caplog.at_level(logging.WARNING):
+        records = harness.evaluate("store", "elbo[samples=2]", plugins=["mine.py"])
+    assert f"job {vae['job_id']} (vae on four-points) is left out: problem 'digits': RuntimeError: no s" in caplog.text
+    assert "elbo[samples=2]" in set(records["evaluator"])
+    assert (
+        "it cannot be computed now: problem 'digits': RuntimeError: no server" in run("why", "store", vae["job_id"])[1]
+    )
 
 
 def test_a_fit_that_would_be_another_one_today_says_so(store: Store, caplog: pytest.LogCaptureFixture) -> None:

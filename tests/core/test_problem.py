@@ -340,7 +340,11 @@ class Plain:
     """Its repr() is where it is in memory."""
 
 
-@pytest.mark.parametrize("part", [Plain(), np.zeros(2000)], ids=["address", "array"])
+@pytest.mark.parametrize(
+    "part",
+    [Plain(), np.zeros(2000), (np.array(0.123456789),), torch.ones(1)],
+    ids=["address", "array", "few", "tensor"],
+)
 def test_a_spec_whose_repr_does_not_tell_what_it_is_has_no_hash(part: object) -> None:
     @dataclass(frozen=True, kw_only=True)
     class Spec(MLPSpec):
@@ -353,6 +357,8 @@ def test_a_spec_whose_repr_does_not_tell_what_it_is_has_no_hash(part: object) ->
 
     with pytest.raises(TypeError, match="toy: a model spec is known by its repr"):
         _ = Other().spec_hash
+    part = "see the paper ..."
+    assert len(Other().spec_hash) == len(Toy().spec_hash)
 
 
 def test_a_class_that_was_typed_in_has_no_source() -> None:

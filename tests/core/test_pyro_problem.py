@@ -375,6 +375,12 @@ def without_bijection() -> None:
     y(pyro.sample("mu", dist.MixtureSameFamily(torch.distributions.Categorical(torch.ones(2)), components)))
 
 
+def boxes() -> None:
+    low = torch.tensor([[0.0, 0.0], [2.0, 2.0]])
+    components = dist.Uniform(low, low + 1).to_event(1)
+    y(pyro.sample("mu", dist.MixtureSameFamily(torch.distributions.Categorical(torch.ones(2)), components)).sum())
+
+
 def improper() -> None:
     y(pyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ())))
 
@@ -411,6 +417,7 @@ def longer() -> None:
         (masked, "the latent site 'mu' has a masked distribution, which is no density"),
         (concentrated, "the latent site 'twice' has a delta distribution, which is no density"),
         (without_bijection, "the support of the latent site 'mu'"),
+        (boxes, "the support of the latent site 'mu'"),
         (improper, r"cannot be drawn from \(.*\): give it proper priors"),
         (circular, "the latent site 'angle' has a distribution on the circle, which is no density on R"),
         (fixed, "it has no latent site"),

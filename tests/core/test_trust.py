@@ -761,6 +761,22 @@ def test_what_no_other_table_shows_has_one_of_its_own() -> None:
     assert "radius" in said(store)
 
 
+def test_the_elbo_is_by_who_measured_all_and_another_is_shown_below() -> None:
+    """By the more precise where several have; a column is by one of them, as far as that is to be had."""
+    store = annealed({"avb": 0.0, "vae": -1.0}, {})
+    for seed in range(3):
+        for method in ("avb", "vae"):
+            store.measure(method, seed, "elbo[samples=10]", "elbo", np.full(N, -92.5), stderr=1.0)
+            store.measure(method, seed, "elbo[samples=500]", "elbo", np.full(N, -92.6), stderr=0.1)
+        store.measure("avb", seed, "elbo[samples=999]", "elbo", np.full(N, -92.7), stderr=0.01)
+    table = table_of(store)
+    assert {row.shown["elbo"].evaluator for row in table.rows} == {"elbo[samples=500]"}
+    entries = cells_of(panel_of(store, "Other measurements"), "avb")
+    assert {heading: entry.number for heading, entry in entries.items()} == {
+        "elbo elbo[samples=10] [nats]": "-92.500", "elbo elbo[samples=999] [nats]": "-92.7000"
+    }  # fmt: skip
+
+
 def text_of(store: Records) -> str:
     stream = io.StringIO()
     print_tables(store.records(), store.examples(), Console(file=stream, width=120))

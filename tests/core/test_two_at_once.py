@@ -257,6 +257,27 @@ def test_a_measurement_that_is_replaced_while_it_is_read_is_not_taken_for_damage
     assert not (store.path / "quarantine").exists()
 
 
+def test_values_of_another_metric_than_was_said_are_of_who_measured_anew(whole: Store, tmp_path: Path) -> None:
+    store = copied(whole, tmp_path / "out")
+    job_id = store.job_ids()[0]
+    evaluator = store.measured_by(job_id)[0]
+    facts = store.measured(job_id, evaluator) or {}
+    row = next(row for row in facts["rows"] if row["status"] == "ok")
+    another = {**facts, "key": "another", "rows": [{**row, "metric": "other"}]}
+    values = {f"other/{column}": np.arange(3.0) for column in ("index", "value", "stderr")}
+
+    class Interrupted(Store):
+        def read(self, name: str, parse: Callable[[bytes], T]) -> T | None:
+            if name.endswith(f"{evaluator}.npz"):
+                store.write_measured(job_id, evaluator, another, values)
+            return super().read(name, parse)
+
+    Interrupted(store.path).derive()
+    examples = store.examples()
+    assert "other" in set(examples.loc[examples["job_id"] == job_id, "metric"])
+    assert not (store.path / "quarantine").exists()
+
+
 def test_the_same_measurement_is_there_while_it_is_written_again(
     whole: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
