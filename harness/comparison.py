@@ -16,12 +16,13 @@ from harness.executor import Executor
 from harness.executors.workers import sent
 from harness.job import Job
 from harness.method import Fit, Method
-from harness.options import UserError, parse_jobs, several, unknown
+from harness.options import UserError, parse_jobs, several
 from harness.planning import (
     Comparison,
     PlannedJob,
     Selection,
     find_device,
+    only,
     parse_statuses,
     resolve,
     select,
@@ -268,13 +269,15 @@ def fit(
 def load(out: str | Path, job_id: str, *, device: str = "auto", plugins: Iterable[str | Path] = ()) -> Fit:
     """A stored fit, with a posterior that can be sampled.
 
+    Args:
+        job_id: So much of it as no other job's begins with.
+
     Raises:
         UserError: If the folder has no such fit, or what defines it is not there or has changed since.
     """
     store, registry = Store.open(out), Registry.discover(plugins)
-    facts = store.job(job_id)
-    if facts is None:
-        raise UserError(unknown("job", job_id, store.job_ids()))
+    names = store.job_ids()
+    facts = store.job(only([name for name in names if name.startswith(job_id)], job_id, names)) or {}
     try:
         job = stored_job(registry, facts, find_device(device))
     except UserError as error:

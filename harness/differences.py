@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from harness import environment
-from harness.options import UserError, unknown
-from harness.planning import UNUSABLE, rebuilt
+from harness.planning import UNUSABLE, only, rebuilt
 from harness.registry import Registry
 from harness.store import Facts, Store
 
@@ -69,11 +68,7 @@ def why(out: str | Path, job_id: str, plugins: Iterable[str | Path] = ()) -> Why
     jobs = {name: facts for name in store.job_ids() if (facts := store.job(name))}
     found = [name for name in jobs if name.startswith(job_id)]
     found = found or [name for name, facts in jobs.items() if _now(registry, facts)[0].startswith(job_id)]
-    if not found:
-        raise UserError(unknown("job", job_id, jobs))
-    if len(found) > 1:
-        raise UserError(f"{len(found)} jobs begin with {job_id!r}: {', '.join(found[:3])}{' ...' * (len(found) > 3)}")
-    job = jobs.pop(found[0])
+    job = jobs.pop(only(found, job_id, jobs))
     now, reason, facts = _now(registry, job)
     nearest = max(jobs.values(), key=lambda other: _likeness(job, other), default=None)
     return Why(

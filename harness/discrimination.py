@@ -304,7 +304,7 @@ def _checked(fit: Fit, check: Check, run: EvaluationRun, told: Callable[[float, 
 
     x, _ = run.data.scored(check.observations)
     contrast = Contrast.of(fit.posterior, x, check.moment_samples, stream("moments"))
-    weights = Streams(run.seed, run.problem.label, "evaluator implicit", run.device)
+    weights = Streams(run.seed, run.problem.stream_name, "evaluator implicit", run.device)
     with weights.initial_weights(shared=False):
         discriminator = Discriminator(contrast, check.width, check.blocks)
     training = Training(steps=check.steps, batch_size=check.batch_size, lr=check.lr)

@@ -49,7 +49,8 @@ class Measurement:
         warning: Why the fit, or all that is measured of it, is not to be believed; empty if it is. Reports mark it.
 
     Raises:
-        ValueError: If the kind is unknown, or the arrays are not of one shape (N,), N > 0: no table could hold them.
+        ValueError: If the kind is unknown, the metric has no name, an error is negative or an observation there twice,
+            or the arrays are not of one shape (N,), N > 0: no table could hold them.
         ArithmeticError: If a value or an error is not finite: that is a failure, never a value.
     """
 
@@ -75,6 +76,12 @@ class Measurement:
                 f"{self.metric}: values, stderrs and indices must be of one shape (N,) with at least one observation; "
                 f"got {', '.join(map(str, shapes))}"
             )
+        if not self.metric:
+            raise ValueError("a measurement needs the name of its metric")
+        if (np.asarray(self.stderrs) < 0).any():
+            raise ValueError(f"{self.metric}: stderrs has negative elements")
+        if len(np.unique(self.indices)) < len(self.indices) or np.min(self.indices) < 0:
+            raise ValueError(f"{self.metric}: indices must be those of as many different observations in their split")
         bad = int((~np.isfinite(self.values + self.stderrs)).sum())
         if bad:
             raise ArithmeticError(f"{self.metric} is not finite for {bad} of {len(self.values)} observations")
@@ -90,11 +97,11 @@ class Measurement:
 
     @property
     def stderr_test(self) -> float:
-        """Standard error of `value` from the choice of test observations; nan for a single observation."""
+        """Standard error of `value` from the choice of test observations; nan where all values are the same one."""
         if self.exhaustive:
             return 0.0
         n = len(self.values)
-        return float(self.values.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
+        return float(self.values.std(ddof=1) / np.sqrt(n)) if np.ptp(self.values) > 0 else float("nan")
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +135,7 @@ class EvaluationRun:
 
     def generator(self, evaluator: str, purpose: str) -> torch.Generator:
         stream = torch.Generator(device=self.device)
-        stream.manual_seed(derive("evaluator", self.seed, self.problem.label, evaluator, purpose))
+        stream.manual_seed(derive("evaluator", self.seed, self.problem.stream_name, evaluator, purpose))
         return stream
 
     def measurement(

@@ -144,7 +144,7 @@ class Job:
 
     @property
     def streams(self) -> Streams:
-        return Streams(self.seed, self.problem.label, self.method.name, self.device)
+        return Streams(self.seed, self.problem.stream_name, self.method.name, self.device)
 
     def data(self) -> DeviceData:
         """The data on the job's device.

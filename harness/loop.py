@@ -129,8 +129,10 @@ class Loop:
     def _tell_of_draws(self, before: Tensor) -> None:
         """After the first step, of those that no checkpoint knows of, by the state of torch's generator before it."""
         if self.gradients.used != "compile" and not torch.equal(torch.random.get_rng_state(), before):
-            log.warning("%s: losses draw from torch's global generator: a fit that is interrupted does not go on as it "
-                        "would have; state draws in noise()", self.method.name)  # fmt: skip
+            log.warning("%s: losses draw from torch's global generator: steps are taken as they are written, and a fit "
+                        "that is interrupted does not go on as it would have; state draws in noise()",
+                        self.method.name)  # fmt: skip
+            self.gradients.give_up()
 
     def _check(self) -> None:
         """See that steps are what the losses and players say, however they are taken.

@@ -21,7 +21,7 @@ from harness.evaluator import Evaluator
 from harness.job import VECTORISED, Job, evaluator_file, is_measured
 from harness.loading import reason_of
 from harness.method import Budget, Method
-from harness.options import UserError, one_of, parse_seeds, several
+from harness.options import UserError, one_of, parse_seeds, several, unknown
 from harness.precision import parse_precision
 from harness.problem import DataError, Problem, check_suited
 from harness.record import FROM_FILE, STATUSES
@@ -277,6 +277,19 @@ def rebuilt(registry: Registry, facts: Facts, device: torch.device) -> Job:
         facts["step_mode"],
         fitted_on=facts["device"],
     )
+
+
+def only(found: Sequence[str], job_id: str, known: Iterable[str]) -> str:
+    """The one job that was found by the beginning of its id.
+
+    Raises:
+        UserError: If there is none, or several.
+    """
+    if not found:
+        raise UserError(unknown("job", job_id, known))
+    if len(found) > 1:
+        raise UserError(f"{len(found)} jobs begin with {job_id!r}: {', '.join(found[:3])}{' ...' * (len(found) > 3)}")
+    return found[0]
 
 
 def stored_job(registry: Registry, facts: Facts, device: torch.device) -> Job:

@@ -285,6 +285,11 @@ class Problem(Configurable, ABC):
     def model_spec(self) -> ModelSpec: ...
 
     @property
+    def stream_name(self) -> str:
+        """What names the random streams: the same for whatever may be typed for one and the same thing."""
+        return self.label
+
+    @property
     def optimum(self) -> float | None:
         """The highest expected test log-likelihood that any model can reach, where it is known; nats."""
         return None
@@ -298,7 +303,7 @@ class Problem(Configurable, ABC):
                             "a dataclass of numbers and texts")  # fmt: skip
         facts = {
             "data": loaded(self).content_hash,
-            "problem": [type(self).__qualname__, self.label],  # streams are named by the label
+            "problem": [type(self).__qualname__, self.stream_name],
             "config": self.config,
             "model": repr(spec),
             "source": [

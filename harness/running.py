@@ -102,7 +102,11 @@ def _unfit_precision(job: Job) -> str | None:
 
 def restored(job: Job, store: Store) -> Fit:
     """The stored fit of a job; nothing is trained."""
-    state = {name: torch.from_numpy(array).to(job.device) for name, array in store.state(job.job_id).items()}
+    return _restored(job, store.state(job.job_id))
+
+
+def _restored(job: Job, arrays: Mapping[str, np.ndarray]) -> Fit:
+    state = {name: torch.from_numpy(array).to(job.device) for name, array in arrays.items()}
     with isolated(derive("job", job.job_id)):
         return job.method.restore(job.training_view(), state)
 
@@ -152,9 +156,11 @@ def _stored(
     try:
         if isinstance(ended, BaseException):
             raise ended
-        _check_draws(ended, job)
-        facts |= _spent(ended, run.clock)
+        if not isinstance(ended, Fit):
+            raise TypeError(f"{job.method.name}: fit must return a harness.method.Fit; got {type(ended).__name__}")
         state = _arrays_of(ended)
+        _check_restored(job, ended, state)
+        facts |= _spent(ended, run.clock)
         curve = [dataclasses.asdict(point) for point in run.curve]
         pictures = _pictures(ended, job)
         ok = {**facts, **checkpoint.facts(), "status": "ok", "reason": ""}
@@ -176,11 +182,28 @@ def _stored(
     return outcome, None
 
 
-def _check_draws(fit: Fit, job: Job) -> None:
-    """See that the posterior draws what all that measures it relies on, from a stream that nothing else reads.
+def _check_restored(job: Job, fit: Fit, arrays: Mapping[str, np.ndarray]) -> None:
+    """See that what is stored gives the same model and the same draws again.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If it does not, or if draws are not what all that measures them relies on.
+    """
+    draws, again = _draws(job, fit), _restored(job, arrays)
+    own, other = (dict((*each.model.named_parameters(), *each.model.named_buffers())) for each in (fit, again))
+    lost = [name for name, tensor in own.items() if name not in other or not _same_bits(tensor, other[name].detach())]
+    if lost or not torch.allclose(draws, _draws(job, again), rtol=1e-4, atol=1e-6, equal_nan=True):
+        what = f"the model's {', '.join(lost[:3])}{', ...' * (len(lost) > 3)}" if lost else "the posterior"
+        raise ValueError(
+            f"{job.method.name}: restore(view, state) gives another fit back, {what} being different: all that fit has "
+            "learned, the model's parameters too, belongs into the state that it returns"
+        )
+
+
+def _draws(job: Job, fit: Fit) -> Tensor:
+    """A few draws of the posterior, from a stream that nothing else reads.
+
+    Raises:
+        ValueError: If they are not what all that measures a posterior relies on.
     """
     x, n = job.data().test[:2], 3
     stream = torch.Generator(device=job.device)
@@ -194,6 +217,8 @@ def _check_draws(fit: Fit, job: Job) -> None:
             f"{job.method.name}: its posterior's sample(x, n={n}, generator) must return (n, N, D), for x of {len(x)} "
             f"observations {expected}; got {got}"
         )
+    assert isinstance(z, Tensor)
+    return z
 
 
 def _pictures(fit: Fit, job: Job) -> dict[str, np.ndarray]:
@@ -278,12 +303,24 @@ def _tensors_of(fit: Fit) -> dict[str, Tensor]:
 def _same_bits(tensor: Tensor, other: Tensor) -> bool:
     if tensor.shape != other.shape or tensor.dtype != other.dtype:
         return False
+    if tensor.numel() == 0:  # of which some have no bytes to view
+        return True
     return torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (tensor, other)))
 
 
 def _arrays_of(fit: Fit) -> dict[str, np.ndarray]:
-    """The state of a fit, as it is stored."""
-    return {name: tensor.cpu().contiguous().numpy() for name, tensor in fit.state.items()}
+    """The state of a fit, as it is stored.
+
+    Raises:
+        TypeError: If it has something else than tensors.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    for name, tensor in fit.state.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"the state of a fit is of tensors; {name!r} is a {type(tensor).__name__}")
+        kept = tensor.detach().cpu().contiguous()
+        arrays[name] = (kept.float() if kept.dtype == torch.bfloat16 else kept).numpy()  # numpy has no bfloat16
+    return arrays
 
 
 def _spent(fit: Fit, clock: Clock) -> Facts:
@@ -415,6 +452,13 @@ def _arrays(measurement: Measurement) -> list[tuple[str, np.ndarray]]:
     return [(f"{measurement.metric}/{column}", array) for column, array in columns.items()]
 
 
+def _plain(setting: object) -> object:
+    """What JSON can say of a setting."""
+    if isinstance(setting, np.generic | np.ndarray | Tensor):
+        return setting.tolist()
+    raise TypeError(f"settings of a measurement must be JSON-compatible; got {setting!r}")
+
+
 def _columns(measurement: Measurement) -> Facts:
     stderr_test = measurement.stderr_test
     settings = dict(measurement.settings) | ({"warning": measurement.warning} if measurement.warning else {})
@@ -428,5 +472,5 @@ def _columns(measurement: Measurement) -> Facts:
         "stderr": measurement.stderr,
         "stderr_test": stderr_test if np.isfinite(stderr_test) else None,
         "n_observations": len(measurement.values),
-        "settings": json.dumps(settings, sort_keys=True),
+        "settings": json.dumps(settings, sort_keys=True, default=_plain),
     }

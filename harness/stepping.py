@@ -69,6 +69,10 @@ class Gradients(ABC):
         """The objective (R,), and of each of the players the gradient of its loss in pieces, until the next call."""
 
     @abstractmethod
+    def give_up(self) -> None:
+        """Compute gradients as they are written from now on."""
+
+    @abstractmethod
     def check(self) -> None:
         """See that the numbers are still those of the losses as they are written.
 
@@ -88,6 +92,8 @@ class Eager(Gradients):
     def __call__(self, movers: Sequence[Owned], drawn: Drawn) -> tuple[Tensor, list[list[Tensor]]]:
         losses = self.together.losses(drawn)
         return losses[self.together.objective].detach().reshape(-1), differentiated(losses, movers)
+
+    def give_up(self) -> None: ...
 
     def check(self) -> None: ...
 
@@ -130,7 +136,6 @@ class Recorded(Gradients):
         return objective, _of_each(movers, pieces)
 
     def give_up(self) -> None:
-        """Compute gradients as they are written from now on."""
         self.broken, self.used = True, "eager"
 
     def check(self) -> None:

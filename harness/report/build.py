@@ -23,6 +23,8 @@ from harness.statistics import SIMULATED, Difference, Row, Spread
 
 UNIFORM = ("hardware", "threads", "torch_version", "git_commit", "plugin_version")
 """Columns whose values should be the same throughout a table; a note says so where they are not."""
+LATE = 1.1
+"""Seconds of a fit that count as kept to its budget, relative to that: a step is not broken off."""
 BUSY = 0.1
 """Part of the cores' time above which a note says that other programs had it during a fit."""
 
@@ -195,10 +197,24 @@ def _row(label: str, rows: Sequence[Row], values: ValuesOf) -> MethodRow:
         together=sorted({row["fit_seconds"] for row in by_seed.values() if row["shared_clock"] and row["fit_seconds"]}),
         untimed=[seed for seed in jobs if not by_seed[seed]["timing_valid"] and not by_seed[seed]["shared_clock"]],
         busy={int(row["seed"]): row["busy_elsewhere"] for row in timed if (row["busy_elsewhere"] or 0.0) > BUSY},
+        beyond=_beyond(by_seed[seed] for seed in jobs),
         evidence=evidence,
         certificates=trust.certificates(rows),
         agreements=trust.agreements(evidence, jobs, values),
         warnings=trust.warnings(rows),
+    )
+
+
+def _beyond(rows: Iterable[Row]) -> str:
+    """What the longest fit took that was longer than its budget in steps or, by more than a tenth, in seconds."""
+    found: dict[str, float] = {}
+    for row in rows:
+        unit, _, amount = (row["budget"] or "").partition("=")
+        spent = {"steps": row["fit_steps"], "seconds": row["fit_seconds"]}.get(unit)
+        if spent and spent > float(amount) * (LATE if unit == "seconds" else 1.0):
+            found[unit] = max(spent, found.get(unit, 0.0))
+    return ", ".join(
+        f"{most:,.4g} {unit}" if unit == "seconds" else f"{most:,.0f} {unit}" for unit, most in found.items()
     )
 
 

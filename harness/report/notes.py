@@ -63,6 +63,11 @@ def notes(table: Table) -> list[str]:
             for row in table.rows
             if row.together
         ),
+        *(
+            f"{one_line(row.label)}: took {row.beyond}, more than its budget: not ranked"
+            for row in table.rows
+            if row.beyond
+        ),
         *timing_notes(table.rows),
         *([f"left out: older fits of the same runs ({table.left_out})"] if table.left_out else []),
     ]

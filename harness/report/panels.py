@@ -257,4 +257,7 @@ def _is_elsewhere(estimate: Estimate, row: MethodRow, table: Table) -> bool:
 
 
 def _other(row: MethodRow, key: tuple[str, str], places: int) -> Entry:
-    return entry(row, distances.estimate_of(row, key), places, [WARNING] if key in row.warnings else [])
+    found = distances.estimate_of(row, key)
+    told = entry(row, found, places, [WARNING] if key in row.warnings else [])
+    small_or_large = found is not None and found.value and not 1e-3 <= abs(found.value) < 1e7  # of whatever unit
+    return told._replace(number=f"{found.value:.4g}") if found and small_or_large else told

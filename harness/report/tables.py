@@ -113,6 +113,7 @@ class MethodRow:
         together: Seconds of each batched program that fitted some of the seeds, and others, on one clock.
         untimed: Seeds whose fit ended well, but was disturbed: others ran beside it, or it went on elsewhere.
         busy: Part of the cores' time that other programs had during the fit, of timed seeds where that is much.
+        beyond: What fits took of a budget that was smaller, such as "333,021 steps"; empty if they kept to it.
         difference: Paired log-likelihood less that of the table's first row; None for that row and where unknown.
         exceeds: Seeds whose ELBO is above log p(x) by more than the combined error.
         best: Ahead of every other row beyond the noise and the certificates' gaps.
@@ -138,6 +139,7 @@ class MethodRow:
     together: Sequence[float] = ()
     untimed: Sequence[int] = ()
     busy: Mapping[int, float] = field(default_factory=dict[int, float])
+    beyond: str = ""
     difference: Difference | None = None
     exceeds: Sequence[int] = ()
     best: bool = False

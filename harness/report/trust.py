@@ -189,7 +189,7 @@ def best(table: Table, difference: Callable[[MethodRow, MethodRow], Difference |
     There is none where the model is fixed, so that log p(x) is one number, where kinds differ or are density ratios,
     where a row is untrusted or its weights are not to be believed, where a pair shares one seed only, where the seeds
     of a row were fitted by different sources, and where the leader has a seed that did not end well, as the rest would
-    flatter it, or carries a warning.
+    flatter it, carries a warning or has taken more than its budget.
     """
     ranked = {row.label: row.shown[LOG_LIKELIHOOD] for row in table.rows if LOG_LIKELIHOOD in row.shown}
     kinds = {estimate.kind for estimate in ranked.values()}
@@ -199,7 +199,7 @@ def best(table: Table, difference: Callable[[MethodRow, MethodRow], Difference |
     if SOURCES in table.mixed or table.fixed or any(few_weights(row) for row in rows):
         return None
     leader = max(rows, key=lambda row: ranked[row.label].value)
-    if ranked[leader.label].seeds != len(leader.statuses) or leader.warnings:
+    if ranked[leader.label].seeds != len(leader.statuses) or leader.warnings or leader.beyond:
         return None
     for row in rows:
         ahead = difference(leader, row)

@@ -56,12 +56,23 @@ class ArraysFile(NetworksProblem):
         """
         problem = dataclasses.replace(self, name=f"{self.name.partition(':')[0]}:{text}")
         if not problem.path or not Path(problem.path).is_file():
-            raise UserError(f"{problem.name}: there is no file {problem.path!r}; {_FORM}")
+            raise UserError(
+                f"{problem.name}: there is no file {problem.path!r} (its path cannot have commas and brackets); {_FORM}"
+            )
         return problem
 
     @property
     def path(self) -> str:
         return str(Path(text).expanduser()) if (text := self.name.partition(":")[2]) else ""
+
+    @property
+    def stream_name(self) -> str:
+        """With the name of the file for its path, so that one file gives one result wherever it is called from."""
+        return self.label.replace(self.name, self._short, 1)
+
+    @property
+    def _short(self) -> str:
+        return f"file:{Path(self.path).name}" if self.path else self.name
 
     @property
     def default_budget(self) -> str:
@@ -71,7 +82,7 @@ class ArraysFile(NetworksProblem):
         if not self.path:
             raise UserError(f"problem 'file' needs a path: file:PATH.npz; {_FORM}")
         try:
-            return _spec(self.name, _read(Path(self.path)), self.likelihood)
+            return _spec(self._short, _read(Path(self.path)), self.likelihood)
         except DataError as error:
             raise DataError(f"{self.name}: {error}") from None
 

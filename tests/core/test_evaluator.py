@@ -93,6 +93,8 @@ class Faulty(Evaluator):
             "twice": lambda: [measured(), measured()],
             "two splits": lambda: [measured(), measured(split="simulated")],
             "kind": lambda: [measured(kind="approx")],
+            "settings": lambda: [measured(settings={"samples": np.float32(3), "grid": numbers, "on": np.True_})],
+            "a function": lambda: [measured(settings={"of": len})],
             "matrix": lambda: [measured(numbers.expand(2, 3))],
             "scalar": lambda: [measured(numbers.mean())],
         }[self.fault]()
@@ -223,6 +225,30 @@ def test_values_errors_and_indices_are_of_one_observation_each(shapes: tuple[tup
         Measurement("mine", values, stderrs, "exact", indices)
 
 
+@pytest.mark.parametrize(
+    ("metric", "stderr", "indices", "told"),
+    [
+        ("", 0.0, (0, 1, 2), "needs the name of its metric"),
+        ("mine", -0.1, (0, 1, 2), "mine: stderrs has negative elements"),
+        ("mine", 0.0, (0, 1, 1), "mine: indices must be those of as many different observations"),
+        ("mine", 0.0, (-1, 0, 1), "mine: indices must be those of as many different observations"),
+    ],
+)
+def test_numbers_without_a_meaning_are_refused(metric: str, stderr: float, indices: tuple[int, ...], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        Measurement(metric, np.zeros(3), np.full(3, stderr), "exact", np.array(indices))
+
+
+def test_values_that_are_all_the_same_say_nothing_of_the_test_sets_error() -> None:
+    """Of a population it is zero, and tables then say that these are all there are; of a sample it is not known."""
+    of_sample, whole = (
+        Measurement("mine", np.ones(3), np.zeros(3), "exact", np.arange(3), exhaustive=exhaustive)
+        for exhaustive in (False, True)
+    )
+    assert np.isnan(of_sample.stderr_test)
+    assert whole.stderr_test == 0.0
+
+
 def test_a_kind_is_one_of_those_that_reports_know() -> None:
     kind: Any = "approx"
     with pytest.raises(ValueError, match="mine: unknown kind 'approx'; expected one of exact, unbiased, lower bound, "):
@@ -247,14 +273,19 @@ def test_what_is_no_measurement_fails_alone_in_one_line_and_the_results_stay_rea
         "kind": "ValueError: mine: unknown kind 'approx'; expected one of " + ", ".join(get_args(Kind)),
         "matrix": no_column + "(2, 3), (2, 3), (3,)",
         "scalar": no_column + "(), (), (3,)",
+        "a function": "TypeError: settings of a measurement must be JSON-compatible; got <built-in function len>",
     }
     evaluators = [Faulty(fault=fault) for fault in told]
-    records = harness.compare(**{**SMALL, "seeds": 1}, evaluators=[*evaluators, Faulty()], out=tmp_path)
+    right = [Faulty(), Faulty(fault="settings")]
+    records = harness.compare(**{**SMALL, "seeds": 1}, evaluators=[*evaluators, *right], out=tmp_path)
     by = records.set_index("evaluator")
+    numbers = json.loads(str(by["settings"]["faulty[fault=settings]"]))
+    assert numbers == {"samples": 3.0, "grid": [0.0, 0.5, 1.0], "on": True}
+    by = by.drop("faulty[fault=settings]")
     assert {fault: by["reason"][f"faulty[fault={fault}]"] for fault in told} == told
     assert by["status"].to_dict() == {by.label: "failed" for by in evaluators} | {"faulty": "ok"}
     assert by["value"]["faulty"] == 0.5
-    examples = Store.open(tmp_path).examples()
+    examples = Store.open(tmp_path).examples().query("evaluator != 'faulty[fault=settings]'")
     assert examples["value"].tolist() == [0, 0.5, 1]
     assert set(examples["evaluator"]) == {"faulty"}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -300,8 +299,8 @@ class Drawing(VAE):
 def test_draws_that_no_checkpoint_knows_of_are_told_of(
     method: type[VAE], told: int, step: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with suppress(RuntimeError):  # of recorded steps, which are found to be others at the first check
-        fitted(method(batch_size=16), step)
+    fit, _ = fitted(method(batch_size=16), step, budget="steps=250")  # which are checked on the way
+    assert fit.step_used == ("eager" if told else step)
     assert caplog.text.count("losses draw from torch's global generator") == told
 
 

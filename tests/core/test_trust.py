@@ -765,6 +765,7 @@ def test_the_elbo_is_by_who_measured_all_and_another_is_shown_below() -> None:
     """By the more precise where several have; a column is by one of them, as far as that is to be had."""
     store = annealed({"avb": 0.0, "vae": -1.0}, {})
     for seed in range(3):
+        store.measure("vae", seed, "mine", "tiny", np.linspace(1e-12, 2e-12, N), stderr=1e-14)
         for method in ("avb", "vae"):
             store.measure(method, seed, "elbo[samples=10]", "elbo", np.full(N, -92.5), stderr=1.0)
             store.measure(method, seed, "elbo[samples=500]", "elbo", np.full(N, -92.6), stderr=0.1)
@@ -773,8 +774,9 @@ def test_the_elbo_is_by_who_measured_all_and_another_is_shown_below() -> None:
     assert {row.shown["elbo"].evaluator for row in table.rows} == {"elbo[samples=500]"}
     entries = cells_of(panel_of(store, "Other measurements"), "avb")
     assert {heading: entry.number for heading, entry in entries.items()} == {
-        "elbo elbo[samples=10] [nats]": "-92.500", "elbo elbo[samples=999] [nats]": "-92.7000"
+        "tiny mine [nats]": "-", "elbo elbo[samples=10] [nats]": "-92.500", "elbo elbo[samples=999] [nats]": "-92.7000"
     }  # fmt: skip
+    assert cells_of(panel_of(store, "Other measurements"), "vae")["tiny mine [nats]"].number == "1.5e-12"
 
 
 def text_of(store: Records) -> str:

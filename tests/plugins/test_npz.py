@@ -209,6 +209,24 @@ def test_floats_are_kept_in_single_precision(tmp_path: Path) -> None:
     assert {array.dtype for array in (spec.train, spec.validation, spec.test)} == {np.dtype(np.float32)}
 
 
+def test_one_file_gives_one_result_however_its_path_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test set that is drawn, the initial weights and the minibatches are named by the file."""
+    problem = saved(tmp_path, **halves(FLOATS))
+    file = Path(problem.path)
+    monkeypatch.chdir(file.parent)
+    (file.parent / "sub").mkdir()
+    names = [f"file:{text}" for text in (str(file), file.name, f"./{file.name}", f"sub/../{file.name}")]
+    found = [harness.data(name).test for name in names]
+    assert all(torch.equal(each, found[0]) for each in found)
+    assert set(found[0].unique().tolist()) == {0.0, 1.0}
+    asked: dict[str, Any] = {"seeds": 1, "budget": "steps=5", "evaluators": "elbo"}
+    records = [harness.compare("vae", name, **asked, out=tmp_path / f"out{i}") for i, name in enumerate(names)]
+    assert len({table["job_id"].iloc[0] for table in records}) == 1
+    assert len({tuple(table["value"]) for table in records}) == 1
+    both = harness.compare("vae", names[:2], **asked, out=tmp_path / "both")
+    assert both["status"].unique().tolist() == ["ok"]
+
+
 def test_a_comparison_on_it_is_kept_and_a_changed_file_is_another_problem(tmp_path: Path) -> None:
     problem = saved(tmp_path, **halves(BYTES))
     assert problem.config  # kept on first use, beside what the problem is
