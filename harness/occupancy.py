@@ -21,20 +21,24 @@ class Elsewhere:
 
     def __init__(self) -> None:
         self._process = psutil.Process()
-        self._began, self._busy, self._own = self._read()
+        self._began = self._read()
 
     def share(self) -> float | None:
-        """Part of the cores' time that others have had so far, 0 to 1; None within the first `SHORTEST` seconds."""
-        now, busy, own = self._read()
-        seconds = now - self._began
-        if seconds < SHORTEST:
-            return None
-        share = ((busy - self._busy) - (own - self._own)) / (seconds * len(self._cores()))
-        return min(1.0, max(0.0, share))
+        """Part of the cores' time that others have had so far, 0 to 1.
 
-    def _read(self) -> tuple[float, float, float]:
+        None within the first `SHORTEST` seconds, and where the system does not tell.
+        """
+        began, now = self._began, self._read()
+        if began is None or now is None or now[0] - began[0] < SHORTEST:
+            return None
+        seconds, busy, own = (after - before for before, after in zip(began, now, strict=True))
+        return min(1.0, max(0.0, (busy - own) / (seconds * len(self._cores()))))
+
+    def _read(self) -> tuple[float, float, float] | None:
         """Monotonic seconds, and seconds for which cores were busy: with anything, and with what is our own."""
-        return time.monotonic(), self._busy_seconds(), self._own_seconds()
+        with suppress(OSError, psutil.Error):
+            return time.monotonic(), self._busy_seconds(), self._own_seconds()
+        return None
 
     def _cores(self) -> list[Any]:
         """Times of the cores that this process may use, as psutil tells them."""

@@ -85,6 +85,16 @@ def test_a_moment_says_nothing(machine: Machine) -> None:
     assert watch.share() is None
 
 
+def test_a_system_that_does_not_tell_is_no_error(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(percpu: bool) -> None:
+        raise PermissionError("/proc/stat")
+
+    monkeypatch.setattr(occupancy.psutil, "cpu_times", refused)
+    watch = Elsewhere()
+    machine.now += 10
+    assert watch.share() is None
+
+
 def test_more_of_our_own_than_was_counted_is_no_negative_load(machine: Machine) -> None:
     watch = Elsewhere()
     machine.now += 10
