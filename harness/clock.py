@@ -108,8 +108,8 @@ class Clock:
         (before, then), now = self._earlier, self._elsewhere.share()
         if then is None or now is None:
             return then if now is None else now
-        seconds = max(self.elapsed(), before)
-        return (then * before + now * (seconds - before)) / seconds
+        since = max(0.0, self.elapsed() - before)
+        return (then * before + now * since) / (before + since) if before else now
 
     def peak(self) -> int:
         """Peak bytes of the current phase."""

@@ -512,8 +512,6 @@ class FaultyEvaluator(Evaluator):
             values = values + random.SystemRandom().random()
         if self.fault == "trains":
             next(fit.model.parameters()).data += 1
-        if self.fault == "indices":
-            indices = indices * 0
         if self.fault in ("outside", "simulated"):
             indices = indices + 1000
         traces: dict[str, Any] = {
@@ -547,7 +545,6 @@ class FaultyEvaluator(Evaluator):
         ("random settings", "measuring the same fit twice gives different settings"),
         ("nowhere", "undefined on every fit that it was tried on"),
         ("trains", "measuring changes the model's"),
-        ("indices", "indices must be distinct"),
         ("outside", "indices must lie within the test split"),
         ("text", "trace 'notes' must be an array of numbers, got <U4"),
         ("infinite", "trace 'curve' is minus infinity somewhere"),
