@@ -62,7 +62,8 @@ def execute(
 
     together, alone = list[Bundle](), list[Bundle]()
     for bundle in bundles(tasks):
-        timed = bundle[0].job.budget.unit == "seconds" and not (executor and executor.apart)
+        to_fit = not bundle[0].entry.status
+        timed = to_fit and bundle[0].job.budget.unit == "seconds" and not (executor and executor.apart)
         (alone if timed or not elsewhere else together).append(Bundle(tuple(task.job.job_id for task in bundle)))
     progress.started(len(tasks))
     with store.derived_anyway() if derive else nullcontext(), ExitStack() as at_end:
